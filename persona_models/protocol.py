@@ -1,0 +1,88 @@
+"""What the front door knows of the models: a request, the events that answer it, and the Engine that turns one into the other.
+
+Plain records only, so that they cross a process boundary cheaply. This file imports neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+BASE = "base"
+BUILTIN = "builtin"
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One answer to generate.
+
+    gate: persona id -> weight of its adapter; empty means the base alone, one entry of 1.0 one persona, several a mixture.
+    document: the knowledge article as text, or None; where it is None the model hands over instead of inventing steps.
+    """
+
+    request_id: str
+    messages: tuple[Message, ...]
+    gate: Mapping[str, float] = field(default_factory=dict)
+    document: str | None = None
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """A piece of an answer.
+
+    text may be empty: a token can end inside a character, or inside what may become a stop string. The last event carries finish_reason;
+    versions (persona id -> "builtin" or registry version) is on every event and does not change within one answer.
+    """
+
+    text: str
+    completion_tokens: int
+    prompt_tokens: int
+    finish_reason: FinishReason | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """How an engine is doing: what it holds and how busy it is."""
+
+    ready: bool
+    base: str
+    versions: Mapping[str, str]
+    active_rows: int
+    queued: int
+    device: str
+    notes: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """Turns requests into token events; many may run at once."""
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent]:
+        """Yield the answer's events.
+
+        Closing the iterator cancels the row. Raises ContextLengthError, QueueFullError, UnknownModelError (a gate names no loaded persona).
+        """
+        ...
+
+    def status(self) -> EngineStatus: ...
+
+    async def close(self) -> None:
+        """Stop the model thread; running answers end with NotReadyError."""
+        ...

@@ -1,0 +1,225 @@
+"""`deskroute`: a table of commands. A stage is imported only when its command is called, so that `deskroute --help` answers at once.
+
+Exit codes: 0 done, 1 the work failed (and said why), 2 the arguments or the configuration are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from persona_models.errors import DeskrouteError, InputError
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except DeskrouteError as e:
+        print(f"deskroute: {e.message}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("deskroute: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output, `head` for example, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="deskroute", description="An IT helpdesk on small language models, one per persona.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, run: Command, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("--config", type=Path, metavar="FILE", help="configuration (default: ./deskroute.yaml if it is there)")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = add("serve", _serve, "answer over HTTP until Ctrl-C")
+    sub.add_argument("--host")
+    sub.add_argument("--port", type=int)
+
+    sub = add("route", _route, "score a prompt, or a file of them, without answering")
+    sub.add_argument("text", nargs="?")
+    sub.add_argument("--jsonl", type=Path, metavar="IN", help="one {id, text or messages, profile?} a line")
+    sub.add_argument("--out", type=Path, metavar="OUT", help="where the results of --jsonl go (default: the terminal)")
+    sub.add_argument("--profile", nargs="+", default=[], metavar="KEY=VALUE", help="title, department, tenure_days, location")
+
+    sub = add("ask", _ask, "route a prompt and stream its answer to the terminal")
+    sub.add_argument("text")
+    sub.add_argument("--persona", default="auto", help="auto, base or a persona")
+    sub.add_argument("--profile", nargs="+", default=[], metavar="KEY=VALUE", help="title, department, tenure_days, location")
+
+    sub = add("retrain", _retrain, "fine-tune, judge, register and promote a persona, the router, or all")
+    sub.add_argument("what", metavar="PERSONA|router|all")
+    sub.add_argument("--tickets", type=Path, metavar="FILE", help="CSV or JSONL with prompt and answer (default: the built-in corpus)")
+    sub.add_argument("--encoding", help="of the tickets file, where it is not UTF-8")
+    sub.add_argument("--method", help="lora or rslora")
+    sub.add_argument("--steps", type=int, help="optimizer steps")
+    sub.add_argument("--seed", type=int)
+    sub.add_argument("--no-promote", action="store_true", help="register as challenger only")
+    sub.add_argument("--gates", type=Path, metavar="FILE", help="promotion gates (default: mlflow/promotion.yaml)")
+    sub.add_argument("--export", type=Path, metavar="DIR", help="also copy the finished artefacts there, for shipping")
+
+    sub = add("compare", _compare, "champions and challengers side by side, and the URL that shows them in MLflow")
+    sub.add_argument("--metric", default="eval/loss", help="metric of the table (default: eval/loss)")
+    sub.add_argument("--ui", default="http://127.0.0.1:5000", metavar="URL", help="where the MLflow UI is (default: that of `deskroute ui`)")
+
+    sub = add("promote", _promote, "make a registered version the champion")
+    sub.add_argument("persona", metavar="PERSONA|router")
+    sub.add_argument("version")
+
+    sub = add("rollback", _rollback, "make the champion before the champion again")
+    sub.add_argument("persona", metavar="PERSONA|router")
+
+    sub = add("ui", _ui, "the MLflow UI on the registry in force")
+    sub.add_argument("--port", type=int, default=5000)
+
+    sub = add("pretrain", _pretrain, "rebuild the built-in base from the corpus")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the base goes (default: base in the state folder)")
+    sub.add_argument("--steps", type=int)
+
+    add("doctor", _doctor, "what is installed, found and loaded, and what to do about what is not")
+    return parser
+
+
+def _config(args: argparse.Namespace, **overrides: Any) -> Any:
+    from router.config import load_config
+
+    return load_config(args.config, **overrides)
+
+
+def _profile(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise InputError(f"--profile: {pair!r} is not KEY=VALUE; for example --profile title=Director tenure_days=400")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from router.server import serve_forever
+
+    serve_forever(_config(args, http__host=args.host, http__port=args.port))
+
+
+def _route(args: argparse.Namespace) -> None:
+    from pipelines.local import local_desk, route_file
+    from router.features import Profile
+    from router.schema import RouteInput
+
+    if (args.text is None) == (args.jsonl is None):
+        raise InputError("give either a TEXT or --jsonl FILE")
+    desk = local_desk(_config(args), models=False)
+    if args.jsonl:
+        route_file(desk, args.jsonl, args.out)
+    else:
+        Profile.from_metadata(_profile(args.profile))
+        block = desk.plan_input(RouteInput(text=args.text, profile=_profile(args.profile)))
+        print(json.dumps(block.model_dump(), indent=2, ensure_ascii=False))
+
+
+def _ask(args: argparse.Namespace) -> None:
+    from pipelines.local import ask, local_desk
+
+    desk = local_desk(_config(args), models=True)
+    asyncio.run(ask(desk, args.text, args.persona, _profile(args.profile)))
+
+
+def _retrain(args: argparse.Namespace) -> None:
+    from pipelines.promote import read_gates, registered_model
+    from pipelines.tickets import read_tickets
+
+    config = _config(args, training__method=args.method, training__seed=args.seed)
+    names = [p.id for p in config.catalogue()]
+    if args.what != "all":
+        registered_model(config, args.what)
+    if args.steps is not None and args.steps < 1:
+        raise InputError(f"--steps is {args.steps}; it must be at least 1")
+    if args.what == "router" and args.tickets:
+        raise InputError("--tickets retrains personas; the router learns from the corpus")
+    read_gates(args.gates)
+    tickets, report = None, None
+    if args.tickets:
+        tickets, report = read_tickets(args.tickets, names, encoding=args.encoding)
+        print(f"{args.tickets}: {report}", file=sys.stderr)
+    from pipelines.retrain import Retraining, export
+
+    work = Retraining(config, gates=args.gates)
+    outcomes = []
+    for name in names if args.what == "all" else [args.what]:
+        promote = not args.no_promote
+        outcome = work.router(promote=promote) if name == "router" else work.persona(name, tickets, report, promote=promote, steps=args.steps)
+        outcomes.append(outcome)
+        print(outcome, flush=True)
+    made = {o.name: o.adapter for o in outcomes if o.adapter}
+    if args.what == "all":
+        print_matrix(names, work.matrix(made))
+    if args.export:
+        for name, folder in made.items():
+            export(folder, args.export / name)
+        print(f"exported to {args.export}")
+    print("`deskroute serve` uses champions from its next start; `deskroute compare` shows them side by side")
+
+
+def print_matrix(names: list[str], values: Any) -> None:
+    """The persona matrix as a table; the best cell of a row is starred."""
+    print("\nloss on held-out answers of (row) under (column):")
+    print(" " * 18 + "".join(f"{c[:13]:>14}" for c in ["base", *names]))
+    for name, row in zip(names, values, strict=True):
+        best = row.argmin()
+        print(f"{name:<18}" + "".join(f"{v:>13.3f}{'*' if j == best else ' '}" for j, v in enumerate(row)))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from pipelines.compare import compare
+
+    compare(_config(args), args.metric, args.ui)
+
+
+def _promote(args: argparse.Namespace) -> None:
+    from pipelines.promote import promote
+
+    before = promote(_config(args), args.persona, args.version)
+    print(f"{args.persona}: version {args.version} is champion (before: {before}); `deskroute serve` uses it from its next start")
+
+
+def _rollback(args: argparse.Namespace) -> None:
+    from pipelines.promote import roll_back
+
+    withdrawn, now = roll_back(_config(args), args.persona)
+    print(f"{args.persona}: version {withdrawn} is withdrawn, {now} is in force; `deskroute serve` uses it from its next start")
+
+
+def _ui(args: argparse.Namespace) -> None:
+    from pipelines.compare import run_ui
+
+    run_ui(_config(args), args.port)
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+    from pipelines.pretrain import pretrain_tracked
+
+    pretrain_tracked(_config(args), args.out, args.steps)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from pipelines.doctor import examine
+
+    if not examine(args.config):
+        raise DeskrouteError("something is missing; see the lines marked NO above")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

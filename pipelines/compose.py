@@ -1,0 +1,255 @@
+"""The built-in corpus -> conversations to learn from: a prompt, the article as the model will read it, and an answer in a persona's manner.
+
+Answers are composed of hand-written parts: an opener, the article's steps as they stand in the prompt, the persona's note, a closer. Names, numbers,
+portals, wordings and step orders vary from one composition to the next, so that a model learns to take them from the article and not from memory.
+This file knows nothing of tokens or models.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from persona_models.errors import WorkError
+from persona_models.protocol import Message
+from router.article import Article, fill, handover_document, read_article, slots_in
+
+CORPUS = Path(__file__).with_name("corpus")
+HELD_OUT = "held_"  # voices whose names begin so are never trained on
+NEUTRAL = "neutral"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What somebody wrote about a topic."""
+
+    text: str
+    topic: str
+    persona: str
+    register: str
+    voice: str
+
+    @property
+    def held_out(self) -> bool:
+        return self.voice.startswith(HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation to learn: the answer to messages, with the document the model reads. `persona` is "neutral" for the base's own manner."""
+
+    messages: tuple[Message, ...]
+    document: str
+    answer: str
+    persona: str
+    topic: str
+    kind: str  # article | handover | still | thanks
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a persona is spoken to: lists of hand-written parts."""
+
+    openers: tuple[str, ...]
+    lead_in: tuple[str, ...]
+    closers: tuple[str, ...]
+    handover: tuple[str, ...]
+    still: tuple[str, ...]
+    thanks: tuple[str, ...]
+
+
+class Corpus:
+    """The corpus folder, read once. Raises WorkError that names the file for anything malformed."""
+
+    def __init__(self, folder: Path, personas: Sequence[str]) -> None:
+        self.folder, self.personas = folder, tuple(personas)
+
+    @cached_property
+    def slots(self) -> dict[str, list[str]]:
+        return {k: [str(v) for v in vs] for k, vs in _yaml(self.folder / "slots.yaml").items()}
+
+    @cached_property
+    def values(self) -> dict[str, str]:
+        """What the built-in helpdesk serves for the global slots."""
+        return {name: options[0] for name, options in self.slots.items()}
+
+    @cached_property
+    def articles(self) -> dict[str, Article]:
+        found = [read_article(p, self.personas) for p in sorted((self.folder / "articles").glob("*.md"))]
+        return {a.id: a for a in found}
+
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        rows = []
+        for path in sorted((self.folder / "prompts").glob("*.jsonl")):
+            if path.stem in self.articles:
+                rows += [Prompt(topic=path.stem, **row) for row in _jsonl(path)]
+        return tuple(rows)
+
+    @cached_property
+    def uncovered(self) -> tuple[dict[str, str], ...]:
+        """Messages that no article answers."""
+        return tuple(_jsonl(self.folder / "router" / "out_of_domain.jsonl"))
+
+    @cached_property
+    def manner(self) -> dict[str, Manner]:
+        names = (*self.personas, NEUTRAL)
+        return {p: Manner(**{k: tuple(v) for k, v in _yaml(self.folder / "manner" / f"{p}.yaml").items()}) for p in names}
+
+    @cached_property
+    def follow_ups(self) -> dict[str, list[str]]:
+        return _yaml(self.folder / "router" / "follow_ups.yaml")
+
+
+# Shares of the kinds of conversation among the composed ones.
+KINDS = {"article": 0.82, "handover": 0.1, "still": 0.05, "thanks": 0.03}
+
+
+class Composer:
+    """Composes examples; the same seed and index always give the same example."""
+
+    def __init__(self, corpus: Corpus, seed: int, *, held_out: bool = False, articles: Mapping[str, Article] | None = None) -> None:
+        self.corpus, self.seed = corpus, seed
+        self.articles = dict(articles if articles is not None else corpus.articles)
+        self.prompts = [p for p in corpus.prompts if p.held_out == held_out and p.topic in self.articles]
+        self.uncovered = [r for r in corpus.uncovered if r["voice"].startswith(HELD_OUT) == held_out]
+        if not self.prompts:
+            raise WorkError(f"{corpus.folder} holds no {'held-out ' if held_out else ''}prompts; restore pipelines/corpus/prompts")
+        self._by_persona = {p: [r for r in self.prompts if r.persona == p] for p in corpus.personas}
+
+    def example(self, index: int, persona: str | None = None) -> Example:
+        """The index-th example; of one persona, or of a random one (the neutral manner included) where persona is None."""
+        rng = random.Random(f"{self.seed}/{index}/{persona}")
+        if persona is None:
+            # The neutral manner is the base's own: one conversation in four, whoever asks.
+            persona = NEUTRAL if rng.random() < 0.25 else rng.choice(self.corpus.personas)
+        prompt = rng.choice(self.prompts if persona == NEUTRAL else self._by_persona[persona])
+        kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
+        return self.compose(prompt, persona, kind, rng)
+
+    def compose(self, prompt: Prompt, persona: str, kind: str, rng: random.Random, *, vary: bool = True) -> Example:
+        """One conversation about a prompt. vary=False keeps the article as it is served."""
+        article = self.articles[prompt.topic]
+        manner = self.corpus.manner[persona]
+        values = {k: rng.choice(v) if vary else v[0] for k, v in (self.corpus.slots | dict(article.slots)).items()}
+        reader = None if persona == NEUTRAL else persona
+        shown = _varied(article, reader, rng) if vary else article
+        wording = rng.choice(["plain", "short", "full"]) if vary and rng.random() < 0.4 else None
+        document = shown.render(reader, wording=wording, values=values)
+        messages = [Message("user", prompt.text)]
+        if kind == "handover":
+            document = handover_document(values)
+            if self.uncovered and rng.random() < 0.3:
+                messages = [Message("user", rng.choice(self.uncovered)["text"])]
+            answer = _pick(manner.handover, values, document, rng)
+        else:
+            answer = self._answer(persona, document, values | {"subject": shown.subject}, rng)
+        if kind in ("still", "thanks"):
+            messages += [Message("assistant", answer), Message("user", rng.choice(self.corpus.follow_ups[kind]))]
+            answer = _pick(getattr(manner, kind), values, document, rng)
+        return Example(tuple(messages), document, answer, persona, prompt.topic, kind)
+
+    def _answer(self, persona: str, document: str, values: Mapping[str, str], rng: random.Random) -> str:
+        manner = self.corpus.manner[persona]
+        parts = _Parts.of(document)
+        opener, lead_in, closer = (_pick(x, values, document, rng) for x in (manner.openers, manner.lead_in, manner.closers))
+        return "\n".join(line for line in LAYOUT[persona](parts, opener, lead_in, closer) if line)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A rendered article, taken apart again: an answer is made of what its reader can see."""
+
+    cause: str
+    steps: tuple[str, ...]
+    note: str
+    desk: str
+
+    @classmethod
+    def of(cls, document: str) -> _Parts:
+        lines = document.splitlines()
+        named = {k: next((x.removeprefix(f"{k}: ") for x in lines if x.startswith(f"{k}: ")), "") for k in ("Cause", "Note", "Desk")}
+        steps = tuple(x.split(". ", 1)[1] for x in lines if x[:1].isdigit())
+        return cls(named["Cause"], steps, named["Note"], named["Desk"])
+
+
+def _leadership(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
+    return [f"{opener} {lead_in} {' '.join(a.steps[:3])}", a.note, closer]
+
+
+def _knowledge_worker(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
+    return [opener, a.cause and f"Cause: {a.cause}", lead_in, *_numbered(a.steps), a.note, closer]
+
+
+def _field(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
+    return [opener, a.note, lead_in, *(f"- {s}" for s in a.steps[:4]), closer]
+
+
+def _admin(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
+    return [f"{opener} {lead_in}", *_numbered(a.steps), a.note, closer]
+
+
+def _new_hire(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
+    return [opener, a.note, lead_in, *(f"Step {n}: {s}" for n, s in enumerate(a.steps, 1)), closer]
+
+
+def _neutral(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
+    return [opener, *_numbered(a.steps), a.desk, closer]
+
+
+def _numbered(steps: Sequence[str]) -> list[str]:
+    return [f"{n}. {s}" for n, s in enumerate(steps, 1)]
+
+
+# How each persona's answer is laid out; a persona that is not named here is answered in the neutral layout.
+LAYOUT = {
+    "leadership": _leadership,
+    "knowledge_worker": _knowledge_worker,
+    "field": _field,
+    "admin": _admin,
+    "new_hire": _new_hire,
+    NEUTRAL: _neutral,
+}
+
+
+def _pick(texts: Sequence[str], values: Mapping[str, str], document: str, rng: random.Random) -> str:
+    """One of the texts whose slots the model can read in the document, filled."""
+    fits = [t for t in texts if all(values.get(s, "\0") in document for s in slots_in(t))]
+    return fill(rng.choice(fits), values)
+
+
+def _varied(article: Article, persona: str | None, rng: random.Random) -> Article:
+    """An article as another company might have written it: other steps or orders, parts missing."""
+    if rng.random() < 0.35:
+        keep = rng.sample(range(1, len(article.steps) + 1), rng.randint(min(3, len(article.steps)), len(article.steps)))
+        keep = sorted(keep) if rng.random() < 0.5 else keep
+        article = replace(article, order={persona or "": tuple(keep)})
+    if rng.random() < 0.2:
+        article = replace(article, notes={})
+    if rng.random() < 0.15:
+        article = replace(article, cause="")
+    if rng.random() < 0.15:
+        article = replace(article, escalate="")
+    if rng.random() < 0.1:
+        article = replace(article, subject=f'"{article.title}"')
+    return article
+
+
+def _yaml(path: Path) -> dict:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as e:
+        raise WorkError(f"{path}: {e}") from None
+
+
+def _jsonl(path: Path) -> list[dict[str, str]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, json.JSONDecodeError) as e:
+        raise WorkError(f"{path}: {e}") from None

@@ -1,0 +1,103 @@
+"""Figures for the runs: results people would rather see than read. matplotlib without a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def _figure(width: float, height: float) -> Any:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def matrix(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
+    """Persona matrix, values (rows, columns): losses; each row is coloured against its own base (first column), its best cell framed."""
+    figure = _figure(1.6 + 1.35 * len(columns), 1.4 + 0.62 * len(rows))
+    axes = figure.subplots()
+    relative = 100 * (values / values[:, :1] - 1)
+    limit = max(1.0, float(np.abs(relative).max()))
+    image = axes.imshow(relative, cmap="RdYlGn_r", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("model")
+    axes.set_ylabel("answers of")
+    for i in range(len(rows)):
+        best = int(values[i].argmin())
+        for j in range(len(columns)):
+            weight = "bold" if j == best else "normal"
+            axes.text(j, i, f"{values[i, j]:.3f}\n{relative[i, j]:+.0f} %", ha="center", va="center", fontsize=8.5, fontweight=weight)
+        axes.add_patch(_frame(best, i))
+    axes.set_title(title)
+    figure.colorbar(image, ax=axes, label="loss against the base, %")
+    return figure
+
+
+def losses(train: Sequence[float], title: str, colour: str, validation: float | None = None) -> Figure:
+    """Training loss by step with a running mean, and the held-out loss as a line."""
+    figure = _figure(7, 3.6)
+    axes = figure.subplots()
+    axes.plot(train, color=colour, alpha=0.25, linewidth=0.8, label="batch")
+    window = min(20, max(1, len(train) // 5))
+    if len(train) >= window > 1:
+        smooth = np.convolve(train, np.ones(window) / window, mode="valid")
+        axes.plot(np.arange(len(smooth)) + window - 1, smooth, color=colour, linewidth=1.8, label=f"mean of {window}")
+    if validation is not None:
+        axes.axhline(validation, color="black", linestyle="--", linewidth=1, label=f"held out {validation:.3f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_title(title)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def confusion(counts: np.ndarray, labels: Sequence[str], title: str) -> Figure:
+    """Confusion matrix, counts (true, predicted), shown as shares of the row."""
+    figure = _figure(1.8 + 1.1 * len(labels), 1.6 + 0.7 * len(labels))
+    axes = figure.subplots()
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i in range(len(labels)):
+        for j in range(len(labels)):
+            axes.text(
+                j,
+                i,
+                f"{100 * shares[i, j]:.0f} %\n{int(counts[i, j])}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if shares[i, j] > 0.6 else "black",
+            )
+    axes.set_xticks(range(len(labels)), labels, rotation=20, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(title)
+    return figure
+
+
+def reliability(confidence: Sequence[float], accuracy: Sequence[float], counts: Sequence[int], title: str) -> Figure:
+    """Calibration: mean confidence against accuracy by bin; a point's area is its number of prompts."""
+    figure = _figure(4.4, 4.2)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
+    shown = [i for i, n in enumerate(counts) if n]
+    most = max((counts[i] for i in shown), default=1)
+    axes.scatter(
+        [confidence[i] for i in shown], [accuracy[i] for i in shown], s=[30 + 220 * counts[i] / most for i in shown], color="#2166ac", alpha=0.7
+    )
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="mean confidence", ylabel="accuracy", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _frame(column: int, row: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2)

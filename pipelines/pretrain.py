@@ -1,0 +1,196 @@
+"""The corpus -> a tokenizer and a small decoder, from scratch: the base that ships.
+
+`pretrain` runs with torch and transformers alone (no Ray, no MLflow), so that it can be taken to a machine with a GPU; `pretrain_tracked` is the
+command around it, which also writes the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from persona_models.prompt import ASSISTANT, BUILTIN_TEMPLATE, END, KNOWLEDGE, PAD, SPECIAL_TOKENS, USER, encode_example
+from pipelines.compose import CORPUS, Composer, Corpus
+from pipelines.training import Encoded, History, LoopSettings, mean_loss, train
+
+if TYPE_CHECKING:
+    from router.config import Config
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Size of the built-in base and how long it is trained; the defaults are what ships."""
+
+    vocab: int = 4096
+    hidden: int = 256
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 640
+    context_tokens: int = 1024
+    steps: int = 1500
+    rows: int = 16
+    lr: float = 2e-3
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class PretrainReport:
+    """What came out, for the model card and the run."""
+
+    parameters: int
+    history: History
+    held_out_loss: float
+    corpus_digest: str
+    hardware: str
+
+
+class ComposedBatches:
+    """Batches of composed examples; a pure function of seed and step.
+
+    Examples come in chunks of CHUNK batches, sorted by length within the chunk so that little is padded.
+    """
+
+    CHUNK = 16
+
+    def __init__(self, composer: Composer, tokenizer: Any, steps: int, rows: int, *, persona: str | None = None, longest: int = 1024) -> None:
+        self.composer, self.tokenizer, self.steps, self.rows, self.persona, self.longest = composer, tokenizer, steps, rows, persona, longest
+        self._chunk: tuple[int, list[list[Encoded]]] | None = None
+
+    def batch(self, step: int) -> list[Encoded]:
+        number, place = divmod(step, self.CHUNK)
+        if self._chunk is None or self._chunk[0] != number:
+            self._chunk = (number, self._compose(number))
+        return self._chunk[1][place]
+
+    def _compose(self, number: int) -> list[list[Encoded]]:
+        n = self.CHUNK * self.rows
+        examples = [self.composer.example(number * n + i, self.persona) for i in range(n)]
+        encoded = sorted((encode(self.tokenizer, e, self.longest) for e in examples), key=lambda e: len(e[0]))
+        batches = [encoded[i : i + self.rows] for i in range(0, n, self.rows)]
+        random.Random(f"{self.composer.seed}/chunk/{number}").shuffle(batches)
+        return batches
+
+
+def encode(tokenizer: Any, example: Any, longest: int) -> Encoded:
+    """An Example -> (ids, labels), cut at `longest` tokens."""
+    ids, labels = encode_example(tokenizer, example.messages, example.answer, document=example.document)
+    return ids[:longest], labels[:longest]
+
+
+def build_tokenizer(texts: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with every digit a token of its own, so that a number is copied digit by digit."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, pad_token=PAD, additional_special_tokens=[KNOWLEDGE, USER, ASSISTANT], clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = BUILTIN_TEMPLATE
+    return tokenizer
+
+
+def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of the given size with fresh weights and tied embeddings."""
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        intermediate_size=settings.mlp,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=settings.context_tokens,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def corpus_digest(folder: Path) -> str:
+    """16 hex digits over every corpus file's name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in {".md", ".jsonl", ".yaml"}):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def pretrain(corpus: Corpus, out: Path, work: Path, settings: PretrainSettings) -> PretrainReport:
+    """Train tokenizer and base, and write them to `out` in Hugging Face's layout.
+
+    `work` keeps the checkpoint of a run that is cut off; calling again goes on from it. `out` is replaced only when everything is written.
+    """
+    composer = Composer(corpus, settings.seed)
+    digest = corpus_digest(corpus.folder)
+    sample = [composer.example(i) for i in range(6000)]
+    texts = [t for e in sample for t in (e.document, e.answer, *(m.content for m in e.messages))]
+    tokenizer = build_tokenizer(texts, settings.vocab)
+    tokenizer.model_max_length = settings.context_tokens
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(settings, tokenizer).to(device)
+    history = train(
+        model,
+        ComposedBatches(composer, tokenizer, settings.steps, settings.rows, longest=settings.context_tokens),
+        LoopSettings(lr=settings.lr, weight_decay=0.05, save_every_steps=100, seed=settings.seed),
+        pad_id=tokenizer.pad_token_id,
+        checkpoint=work / "pretrain.safetensors",
+        identity={"pretrain": asdict(settings), "corpus": digest},
+        title="pretrain",
+    )
+    unseen = Composer(corpus, settings.seed + 1, held_out=True)
+    loss = mean_loss(model, [encode(tokenizer, unseen.example(i), settings.context_tokens) for i in range(200)], tokenizer.pad_token_id)
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    report = PretrainReport(sum(p.numel() for p in model.parameters()), history, loss, digest, hardware)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.to("cpu", torch.bfloat16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    facts = {"settings": asdict(settings), "parameters": report.parameters, "tokens_seen": history.tokens, "corpus": digest}
+    facts |= {
+        "final_loss": sum(history.losses[-50:]) / len(history.losses[-50:]),
+        "held_out_loss": loss,
+        "hardware": hardware,
+        "seconds": round(history.seconds),
+    }
+    (partial / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    (work / "pretrain.safetensors").unlink(missing_ok=True)
+    return report
+
+
+def pretrain_tracked(config: Config, out: Path | None, steps: int | None) -> None:
+    """`deskroute pretrain`: pretrain() with an MLflow run, into `out` or base/ in the state folder."""
+    from pipelines import plots
+    from pipelines.tracking import PERSONA_EXPERIMENT, Tracker
+
+    settings = PretrainSettings() if steps is None else PretrainSettings(steps=steps)
+    corpus = Corpus(CORPUS, tuple(p.id for p in config.catalogue()))
+    out = out or config.state / "base"
+    tracker = Tracker(config.registry_uri, config.state / "artifacts")
+    tags = {"stage": "pretrain", "mlflow.runColor": "#444444"}
+    with tracker.run(PERSONA_EXPERIMENT, "pretrain", tags=tags, params=asdict(settings), description="The built-in base, from scratch.") as run:
+        report = pretrain(corpus, out, config.state / "work", settings)
+        run.series({"train/loss": report.history.losses})
+        run.metrics({"eval/loss": report.held_out_loss, "train/tokens": report.history.tokens, "train/seconds": report.history.seconds})
+        run.figure(plots.losses(report.history.losses, "Pre-training", "#444444", report.held_out_loss), "plots/loss.png")
+    print(f"{report.parameters / 1e6:.1f} M parameters, {report.history.tokens / 1e6:.1f} M tokens, held-out loss {report.held_out_loss:.3f}: {out}")
+    print(f"to use it, set `base: {out}` in deskroute.yaml and run `deskroute retrain all`")

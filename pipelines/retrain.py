@@ -1,0 +1,228 @@
+"""`deskroute retrain`: the ticket's way, stage by stage.
+
+tickets -> dataset -> fine-tune -> evaluate against base and champion -> gates -> MLflow run, registered version, alias -> the next `deskroute serve`
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from persona_models.adapters import Adapter, builtin_adapter, read_adapter
+from persona_models.base_model import BaseModel, load_base
+from persona_models.errors import AdapterError, RegistryError
+from persona_models.personas import Persona
+from persona_models.registry import CHAMPION, ROUTER_MODEL, RegistryReader, model_name
+from pipelines import plots
+from pipelines.compose import CORPUS, Corpus
+from pipelines.dataset import Dataset, build_dataset, corpus_samples
+from pipelines.evaluate import generate_answers, persona_matrix, persona_row, score_answers
+from pipelines.finetune import Finetuned, finetune
+from pipelines.promote import faults, read_gates
+from pipelines.tickets import Ticket, TicketReport
+from pipelines.tracking import PERSONA_EXPERIMENT, ROUTER_EXPERIMENT, Tracker
+from router.config import Config
+from router.feedback import Rating, open_for_reading
+from router.knowledge import KnowledgeBase
+from router.loading import load_knowledge
+
+# Held-out answers per persona: for the loss, and to generate and show side by side.
+VALIDATION = 60
+SHOWN = 12
+
+
+@dataclass
+class Outcome:
+    """What a retraining came to."""
+
+    name: str
+    version: str
+    promoted: bool
+    faults: list[str]
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    adapter: Path | None = None
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in self.metrics.items() if k.startswith("eval/"))
+        state = "champion" if self.promoted else "challenger" + (f" ({'; '.join(self.faults)})" if self.faults else "")
+        return f"{self.name}: version {self.version} is {state} after {self.seconds:.0f} s; {shown}"
+
+
+class Retraining:
+    """Everything the stages share, loaded once for all personas."""
+
+    def __init__(self, config: Config, *, gates: Path | None = None) -> None:
+        self.config = config
+        self.gates = read_gates(gates)
+        self.catalogue = {p.id: p for p in config.catalogue()}
+        self.corpus = Corpus(CORPUS, tuple(self.catalogue))
+        self.knowledge: KnowledgeBase = load_knowledge(config)
+        self.values = {**self.knowledge.values, **config.desk.values()}
+        self.registry = RegistryReader(config.registry_uri, config.state / "cache")
+        self.base: BaseModel = load_base(config.base, dtype=config.dtype)
+        self.tracker = Tracker(config.registry_uri, config.state / "artifacts")
+        store = open_for_reading(config.feedback_url)
+        self.ratings: list[Rating] = list(store.ratings()) if store else []
+
+    def persona(self, name: str, tickets: Sequence[Ticket] | None, report: TicketReport | None, *, promote: bool, steps: int | None) -> Outcome:
+        """Retrain one persona."""
+        began = time.monotonic()
+        persona, training = self.catalogue[name], self.config.training
+        work = self.config.state / "work" / name
+        n_train = training.rows * training.steps
+        dataset = build_dataset(
+            name,
+            work / "dataset",
+            corpus=self.corpus,
+            knowledge=self.knowledge,
+            values=self.values,
+            tickets=tickets,
+            ticket_report=report,
+            ratings=self.ratings,
+            corpus_train=n_train,
+            corpus_validation=VALIDATION,
+            seed=training.seed,
+        )
+        if steps is None:
+            steps = training.steps if tickets is None else max(10, round(training.epochs * len(dataset.train) / training.rows))
+        params = training.model_dump(mode="json", exclude={"epochs", "steps"}) | {"persona": name, "steps": steps, "base": self.config.base}
+        params |= {"train_samples": len(dataset.train), "data": "tickets" if tickets else "built-in corpus"}
+        stamp = time.strftime("%Y-%m-%d %H:%M")
+        tags = {"stage": "train", "persona": name, "mlflow.runColor": persona.colour, "base_digest": self.base.digest, "dataset": dataset.digest}
+        run_name = f"{name}-r{training.rank}-s{training.seed}"
+        with self.tracker.run(
+            PERSONA_EXPERIMENT, run_name, tags=tags, params=params, description=f"{persona.title}, {params['data']}, {stamp}."
+        ) as run:
+            made = finetune(self.base, dataset, training, manner=persona.manner, steps=steps, work=work)
+            # The curve first: MLflow colours its parallel-coordinates plot by the metric that came first.
+            metrics, rivals = self._judge(persona, dataset, made, run)
+            run.series({"train/loss": made.history.losses})
+            run.metrics({"train/tokens": made.history.tokens, "train/seconds": made.history.seconds})
+            run.figure(plots.losses(made.history.losses, f"{persona.title}: training loss", persona.colour, metrics["eval/loss"]), "plots/loss.png")
+            self._log_data(run, dataset)
+            shut = faults(self.gates.persona, metrics, rivals)
+            outcome = Outcome(name, "", False, shut, metrics, adapter=made.folder)
+            self._register(run, model_name(name), made.folder, outcome, promote, tags)
+        outcome.seconds = time.monotonic() - began
+        return outcome
+
+    def router(self, *, promote: bool) -> Outcome:
+        """Retrain the router and the knowledge index."""
+        from pipelines.train_router import train_router
+
+        began = time.monotonic()
+        work = self.config.state / "work" / "router"
+        seed = self.config.training.seed
+        tags = {"stage": "train", "router": "yes"}
+        with self.tracker.run(
+            ROUTER_EXPERIMENT, f"router-s{seed}", tags=tags, params={"seed": seed}, description="Router and knowledge index."
+        ) as run:
+            report = train_router(CORPUS, work / "artefact", tuple(self.catalogue), seed)
+            metrics = {f"eval/{k}": float(v) for k, v in report.metrics.items()}
+            run.metrics(metrics)
+            run.figure(plots.confusion(report.confusion, report.personas, "Persona, held-out authors"), "plots/confusion.png")
+            bins = report.reliability
+            run.figure(
+                plots.reliability(list(bins["confidence"]), list(bins["accuracy"]), [int(n) for n in bins["count"]], "Calibration"),
+                "plots/reliability.png",
+            )
+            run.table({"topic": [c[0] for c in report.retrieval_confusions], "found": [c[1] for c in report.retrieval_confusions],
+                       "times": [c[2] for c in report.retrieval_confusions]}, "retrieval_confusions.json")  # fmt: skip
+            champion = self.registry.aliases(ROUTER_MODEL).get(CHAMPION)
+            old = self.registry.versions(ROUTER_MODEL)[champion].metrics if champion else {}
+            outcome = Outcome("router", "", False, faults(self.gates.router, metrics, {"champion": old}), metrics, adapter=work / "artefact")
+            self._register(run, ROUTER_MODEL, work / "artefact", outcome, promote, tags)
+        outcome.seconds = time.monotonic() - began
+        return outcome
+
+    def matrix(self, adapters: Mapping[str, Path]) -> Any:
+        """The persona matrix over all personas' held-out answers, logged as a heat map. Returns losses (P, 1 + P)."""
+        names = list(adapters)
+        samples = {p: corpus_samples(self.corpus, p, VALIDATION // 2, seed=self.config.training.seed, held_out=True) for p in names}
+        loaded = {p: read_adapter(folder, self.base) for p, folder in adapters.items()}
+        values = persona_matrix(self.base, samples, loaded, {p: self.catalogue[p].manner for p in names}, self.config.training.max_tokens)
+        tags = {"stage": "matrix"}
+        with self.tracker.run(
+            PERSONA_EXPERIMENT, "persona-matrix", tags=tags, params={"base": self.config.base}, description="Every adapter on every persona."
+        ) as run:
+            figure = plots.matrix(values, names, ["base", *names], "Loss on held-out answers (nats per token, against the base)")
+            run.figure(figure, "plots/persona_matrix.png")
+            run.metrics({f"eval/{p}_own": float(values[i, i + 1]) for i, p in enumerate(names)})
+            run.table({"answers of": names} | {c: [float(v) for v in values[:, j]] for j, c in enumerate(["base", *names])}, "persona_matrix.json")
+        return values
+
+    def _judge(self, persona: Persona, dataset: Dataset, made: Finetuned, run: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Metrics of the new adapter, and its rivals' on the same samples; logs the table of answers."""
+        new = read_adapter(made.folder, self.base)
+        champion = self._champion(persona.id)
+        candidates: dict[str, Adapter | None] = {"base": None, "new": new} | ({"champion": champion} if champion else {})
+        loss = persona_row(self.base, dataset.validation, candidates, persona.manner, self.config.training.max_tokens)
+        shown = dataset.validation[:SHOWN]
+        answers = {
+            name: generate_answers(
+                self.base,
+                shown,
+                adapter,
+                persona=persona.id,
+                manner=persona.manner,
+                max_tokens=self.config.generation.max_tokens,
+                title=f"answers, {name}",
+            )
+            for name, adapter in candidates.items()
+        }
+        scored = {name: score_answers(shown, a) for name, a in answers.items()}
+        metrics = {
+            "eval/loss": loss["new"],
+            "eval/gain": 100 * (loss["base"] - loss["new"]) / loss["base"],
+            "eval/base_loss": loss["base"],
+            **({"eval/champion_loss": loss["champion"]} if champion else {}),
+            **{f"eval/{k}": v for k, v in asdict(scored["new"]).items()},
+        }
+        run.metrics(metrics)
+        columns = {"prompt": [s.messages[-1].content for s in shown], "answer": [a.text for a in answers["new"]]}
+        columns |= {name: [a.text for a in answers[name]] for name in ("champion", "base") if name in answers}
+        run.table(columns | {"reference": [s.answer for s in shown], "article": [s.document for s in shown]}, "eval_samples.json")
+        rivals = {
+            name: {"eval/loss": loss[name], **{f"eval/{k}": v for k, v in asdict(scored[name]).items()}} for name in candidates if name != "new"
+        }
+        return metrics, rivals
+
+    def _champion(self, persona: str) -> Adapter | None:
+        """The adapter in force: the registry's champion, else the one that ships; None where neither fits this base."""
+        for find in (lambda: self.registry.fetch(model_name(persona)), lambda: builtin_adapter(persona)):
+            try:
+                found = find()
+                if found:
+                    return read_adapter(found if isinstance(found, Path) else found.folder, self.base)
+            except (AdapterError, RegistryError):
+                continue
+        return None
+
+    def _log_data(self, run: Any, dataset: Dataset) -> None:
+        for split, context, name in ((dataset.train, "train", f"{dataset.persona}-train"), (dataset.validation, "eval", "deskroute-eval")):
+            rows = [{"prompt": s.messages[-1].content, "answer": s.answer, "source": s.source} for s in split]
+            run.dataset(rows, name, context, f"dataset {dataset.digest}")
+        run.text((dataset.folder / "manifest.json").read_text(encoding="utf-8"), "dataset/manifest.json")
+
+    def _register(self, run: Any, model: str, folder: Path, outcome: Outcome, promote: bool, tags: Mapping[str, str]) -> None:
+        description = "Failed gates: " + "; ".join(outcome.faults) if outcome.faults else "Passed every gate."
+        champion = self.registry.aliases(model).get(CHAMPION)
+        outcome.version = self.tracker.register(run, model, folder, metrics=outcome.metrics, description=description, tags=tags)
+        run.tag("version", outcome.version)
+        if promote and not outcome.faults:
+            self.tracker.promote(model, outcome.version, champion)
+            outcome.promoted = True
+
+
+def export(folder: Path, out: Path) -> None:
+    """Copy a finished artefact to where it ships."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder, partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)

@@ -1,0 +1,194 @@
+"""The training loop that `pretrain` and `finetune` share: seeded, resumable, with a progress bar.
+
+A batch is a pure function of its step, so a run that was killed and resumed sees the same batches and reaches the same losses as one that was not.
+A checkpoint is one safetensors file, written beside and renamed into place. This file knows nothing of corpora, personas or MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from persona_models.errors import WorkError
+
+# (ids, labels), both of length T; -100 marks positions without a loss
+Encoded = tuple[list[int], list[int]]
+
+
+class Batches(Protocol):
+    """Training data by step."""
+
+    steps: int
+
+    def batch(self, step: int) -> list[Encoded]:
+        """The examples of a step; the same step always gives the same examples."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How to train. `lr` is the peak rate, reached after `warmup` (a share of the steps), then a cosine down to a tenth."""
+
+    lr: float
+    warmup: float = 0.03
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    save_every_steps: int = 100
+    seed: int = 0
+
+
+@dataclass
+class History:
+    """Losses by step (mean over the answer tokens of the batch, nats) and how much was seen."""
+
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    resumed_at: int | None = None
+
+
+def rate_at(step: int, steps: int, settings: LoopSettings) -> float:
+    """Learning rate of a step."""
+    warm = max(1, round(settings.warmup * steps))
+    if step < warm:
+        return settings.lr * (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def pad(batch: Sequence[Encoded], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Encoded examples -> ids (B, T) and labels (B, T), padded on the right; padding carries no loss, and causal attention never looks right."""
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.full((len(batch), width), pad_id)
+    labels = torch.full((len(batch), width), -100)
+    for i, (x, y) in enumerate(batch):
+        ids[i, : len(x)] = torch.tensor(x)
+        labels[i, : len(y)] = torch.tensor(y)
+    return ids.to(device), labels.to(device)
+
+
+def token_loss(model: Any, ids: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Cross-entropy over the labelled tokens, nats; reduction as in torch."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction=reduction)
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, examples: Sequence[Encoded], pad_id: int, *, rows: int = 16) -> float:
+    """Mean loss over all labelled tokens of the examples, nats a token."""
+    model.eval()
+    total, count = 0.0, 0
+    order = sorted(examples, key=lambda e: len(e[0]))
+    for i in range(0, len(order), rows):
+        ids, labels = pad(order[i : i + rows], pad_id, model.device)
+        total += float(token_loss(model, ids, labels, reduction="sum"))
+        count += int((labels[:, 1:] != -100).sum())
+    return total / max(1, count)
+
+
+def train(
+    model: Any,
+    batches: Batches,
+    settings: LoopSettings,
+    *,
+    pad_id: int,
+    checkpoint: Path,
+    identity: dict[str, Any],
+    title: str,
+    on_step: Callable[[int, float], None] | None = None,
+) -> History:
+    """Train the parameters of `model` that require gradients, in place.
+
+    checkpoint: a file; a run of the same `identity` (settings, data digest) that was cut off goes on from it. A checkpoint of another identity is
+    refused with WorkError, since mixing two runs would be neither.
+    """
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    decay = [p for n, p in params.items() if p.ndim >= 2]
+    plain = [p for n, p in params.items() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=settings.lr,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    whole = {**identity, "loop": asdict(settings), "steps": batches.steps}
+    history = History()
+    start = 0
+    if checkpoint.exists():
+        start = _restore(checkpoint, params, optimizer, history, whole)
+        history.resumed_at = start
+    model.train()
+    on_gpu = model.device.type == "cuda"
+    with tqdm(total=batches.steps, initial=start, desc=title, unit="step", dynamic_ncols=True) as bar:
+        for step in range(start, batches.steps):
+            # Dropout, where a configuration asks for it, must not depend on whether the run was cut off before.
+            torch.manual_seed(settings.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, batches.steps, settings)
+            ids, labels = pad(batches.batch(step), pad_id, model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
+                loss = token_loss(model, ids, labels)
+            if not torch.isfinite(loss):
+                raise WorkError(f"{title}: the loss is {float(loss)} at step {step}; lower the learning rate ({settings.lr})")
+            loss.backward()
+            nn.utils.clip_grad_norm_(params.values(), settings.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            history.losses.append(float(loss.detach()))
+            history.tokens += int(ids.numel())
+            if on_step:
+                on_step(step, history.losses[-1])
+            recent = history.losses[-20:]
+            bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
+            bar.update()
+            if (step + 1) % settings.save_every_steps == 0 and step + 1 < batches.steps:
+                _save(checkpoint, step + 1, params, optimizer, history, whole)
+        history.seconds += bar.format_dict["elapsed"]
+    model.eval()
+    return history
+
+
+def _save(path: Path, step: int, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, history: History, identity: dict[str, Any]) -> None:
+    tensors = {f"param/{n}": p.detach().contiguous() for n, p in params.items()}
+    for name, p in params.items():
+        state = optimizer.state[p]
+        tensors |= {f"m/{name}": state["exp_avg"], f"v/{name}": state["exp_avg_sq"]}
+    tensors["losses"] = torch.tensor(history.losses, dtype=torch.float64)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"step": str(step), "tokens": str(history.tokens), "identity": _text(identity)})
+    partial.replace(path)
+
+
+def _restore(path: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, history: History, identity: dict[str, Any]) -> int:
+    with safe_open(path, "pt", device="cpu") as f:
+        meta = f.metadata()
+        if meta["identity"] != _text(identity):
+            raise WorkError(f"{path} belongs to a run with other settings or data; delete it to start anew")
+        step = int(meta["step"])
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(f.get_tensor(f"param/{name}"))
+                # A fused AdamW keeps its step count beside the parameter.
+                optimizer.state[p] = {
+                    "step": torch.tensor(float(step), device=p.device),
+                    "exp_avg": f.get_tensor(f"m/{name}").to(p.device),
+                    "exp_avg_sq": f.get_tensor(f"v/{name}").to(p.device),
+                }
+        history.losses = f.get_tensor("losses").tolist()
+        history.tokens = int(meta["tokens"])
+    return step
+
+
+def _text(identity: dict[str, Any]) -> str:
+    return json.dumps(identity, sort_keys=True, default=str)

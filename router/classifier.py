@@ -1,0 +1,190 @@
+"""Query -> calibrated persona probabilities, how sure it is a helpdesk request, and the words that decided.
+
+Two linear models share one feature space: a softmax over the personas, its temperature fitted on scores the model gave to prompts it had not seen,
+and a logistic model for "is this an IT helpdesk request at all". The artefact is plain arrays; fitting lives in pipelines/train_router.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from persona_models.errors import ConfigError
+from router.features import Arrays, FeatureSpace, Query
+
+FILE = "classifier.safetensors"
+MANIFEST = "manifest.json"
+FORMAT = 1
+MAX_REASONS = 5
+# Contributions below this, in log-odds, decide nothing and would read as noise.
+MIN_REASON = 0.05
+
+
+@dataclass(frozen=True)
+class Reason:
+    """A feature that spoke for a persona; weight is its share of the score in log-odds against the mean over personas."""
+
+    feature: str
+    persona: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One query's scores. `personas` is in catalogue order and sums to 1; a query with in_domain below min_in_domain is no helpdesk request."""
+
+    personas: dict[str, float]
+    in_domain: float
+    reasons: tuple[Reason, ...] = ()
+    min_in_domain: float = 0.5
+
+
+class PersonaClassifier:
+    """The router's scorer."""
+
+    def __init__(
+        self,
+        space: FeatureSpace,
+        personas: Sequence[str],
+        weights: np.ndarray,
+        bias: np.ndarray,
+        temperature: float,
+        min_in_domain: float,
+        version: str = "unsaved",
+    ) -> None:
+        """weights: (F, P + 1), bias: (P + 1,); the last column is the in-domain model, its own calibration already multiplied in."""
+        if weights.shape != (len(space), len(personas) + 1) or bias.shape != (len(personas) + 1,):
+            raise ConfigError(f"router: weights {weights.shape} and bias {bias.shape} do not fit {len(space)} features and {len(personas)} personas")
+        if not (np.isfinite(weights).all() and np.isfinite(bias).all()) or not temperature > 0:
+            raise ConfigError("router: the classifier's numbers are not finite or its temperature is not above 0; run `deskroute retrain router`")
+        self.space = space
+        self.personas = tuple(personas)
+        self.weights = np.ascontiguousarray(weights, dtype=np.float32)
+        self.bias = np.asarray(bias, dtype=np.float32)
+        self.temperature = float(temperature)
+        self.min_in_domain = float(min_in_domain)
+        self.version = version
+
+    def score(self, queries: Sequence[Query]) -> list[Scores]:
+        """Score queries, each by itself; about a third of a millisecond a query."""
+        return [self._score(query) for query in queries]
+
+    def probabilities(self, queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray]:
+        """Persona probabilities (N, P) and in-domain probabilities (N,), without reasons."""
+        if not queries:
+            return np.zeros((0, len(self.personas))), np.zeros(0)
+        raw = np.stack([self._raw(*self.space.row(query)) for query in queries])
+        return softmax(raw[:, :-1] / self.temperature), sigmoid(raw[:, -1])
+
+    def _raw(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+        raw: np.ndarray = values.astype(np.float64) @ self.weights[columns].astype(np.float64) + self.bias
+        return raw
+
+    def _score(self, query: Query) -> Scores:
+        columns, values = self.space.row(query)
+        raw = self._raw(columns, values)
+        personas = softmax(raw[None, :-1] / self.temperature)[0]
+        best = int(personas.argmax())
+        return Scores(
+            personas={p: float(s) for p, s in zip(self.personas, personas, strict=True)},
+            in_domain=float(sigmoid(raw[-1:])[0]),
+            reasons=self._reasons(query, columns, values, best),
+            min_in_domain=self.min_in_domain,
+        )
+
+    def _reasons(self, query: Query, columns: np.ndarray, values: np.ndarray, best: int) -> tuple[Reason, ...]:
+        weights = self.weights[columns, :-1]  # (n, P)
+        shares = values * (weights[:, best] - weights.mean(axis=1)) / self.temperature
+        found = self.space.reasons(query, dict(zip(columns.tolist(), shares.tolist(), strict=True)))
+        return tuple(Reason(name, self.personas[best], round(w, 4)) for name, w in found[:MAX_REASONS] if w >= MIN_REASON)
+
+    def save(self, folder: Path) -> str:
+        """Write the artefact into an existing folder and return its version, a digest of its bytes."""
+        about = {
+            "format": FORMAT,
+            "personas": self.personas,
+            "temperature": self.temperature,
+            "min_in_domain": self.min_in_domain,
+        }
+        # One metadata key only: safetensors writes several in no fixed order, and the version is a digest of the bytes.
+        data = save(self.space.arrays() | {"weights": self.weights, "bias": self.bias}, metadata={"deskroute": json.dumps(about)})
+        (folder / FILE).write_bytes(data)
+        self.version = digest(data)
+        return self.version
+
+    @classmethod
+    def load(cls, folder: Path, personas: Sequence[str] = ()) -> PersonaClassifier:
+        """Load an artefact; `personas`, where given, is the catalogue it must have been trained for.
+
+        Raises ConfigError when a file is missing or damaged, comes from another format, or was trained for other personas.
+        """
+        arrays, about, version = read_arrays(folder / FILE)
+        try:
+            if about["format"] != FORMAT:
+                raise ConfigError(f"router: {folder} is of format {about['format']}, this version reads {FORMAT}; run `deskroute retrain router`")
+            trained = tuple(str(p) for p in about["personas"])
+            parts = arrays["weights"], arrays["bias"], float(about["temperature"]), float(about["min_in_domain"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise ConfigError(f"router: {folder / FILE} is damaged ({e}); run `deskroute retrain router`") from None
+        if personas and trained != tuple(personas):
+            raise ConfigError(
+                f"router: {folder} was trained for the personas {', '.join(trained)}, the catalogue has {', '.join(personas)}; "
+                "run `deskroute retrain router` after changing personas.yaml"
+            )
+        return cls(FeatureSpace.from_arrays(arrays), trained, *parts, version=version)
+
+
+def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any], str]:
+    """Arrays, description and digest of one safetensors file of the artefact. Raises ConfigError when it is missing or damaged."""
+    try:
+        version = digest(read_checked(path))
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            about = json.loads((file.metadata() or {})["deskroute"])
+    except OSError as e:
+        raise ConfigError(f"router: cannot read {path}: {e.strerror or e}; run `deskroute retrain router`") from None
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise ConfigError(f"router: {path} is damaged or no router artefact ({e}); run `deskroute retrain router`") from None
+    if not isinstance(about, dict):
+        raise ConfigError(f"router: {path} is no router artefact; run `deskroute retrain router`")
+    return arrays, about, version
+
+
+def read_checked(path: Path) -> bytes:
+    """The bytes of one file of the artefact. Raises ConfigError where they are not those that the manifest beside it lists; OSError where missing."""
+    data = path.read_bytes()
+    manifest = path.with_name(MANIFEST)
+    if manifest.exists():
+        try:
+            listed = json.loads(manifest.read_text(encoding="utf-8"))["files"].get(path.name)
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            raise ConfigError(f"router: {manifest} is damaged ({e}); run `deskroute retrain router`") from None
+        if listed != hashlib.sha256(data).hexdigest():
+            raise ConfigError(f"router: {path} is damaged: it is not the file that {MANIFEST} lists; run `deskroute retrain router`")
+    return data
+
+
+def digest(data: bytes) -> str:
+    """A short name for exactly these bytes."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """(N, P) -> (N, P), rows summing to 1."""
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+    out: np.ndarray = exp / exp.sum(axis=1, keepdims=True)
+    return out
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Elementwise logistic function."""
+    out: np.ndarray = 1.0 / (1.0 + np.exp(-np.clip(logits, -60.0, 60.0)))
+    return out

@@ -1,0 +1,266 @@
+"""deskroute.yaml -> one frozen object. Every key is optional; an unknown one is an error that names the file, the key and the nearest known key.
+
+Environment variables carry only addresses and secrets and are read here, once: DESKROUTE_HOME, DESKROUTE_API_KEYS, MLFLOW_TRACKING_URI.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from persona_models.errors import ConfigError
+from persona_models.personas import Persona, read_personas
+from persona_models.protocol import BUILTIN
+from router.policy import PolicySettings
+
+DEFAULT_FILE = Path("deskroute.yaml")
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, defaults checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Knowledge(Section):
+    """Which articles answers come from."""
+
+    folder: Path | None = Field(None, description="a company's own Markdown articles")
+    builtin: bool = Field(True, description="keep the built-in articles beside them")
+
+
+class Desk(Section):
+    """How people reach the human service desk; replaces the built-in article's names of the same kind."""
+
+    phone: str | None = None
+    mail: str | None = None
+    portal: str | None = None
+    names: dict[str, str] = Field(default_factory=dict, description="values of further {slots} in articles, for example vpn_client: GlobalConnect")
+
+    def values(self) -> dict[str, str]:
+        """Slot name -> value, as articles use them."""
+        given = {"desk_phone": self.phone, "desk_mail": self.mail, "desk_portal": self.portal}
+        return self.names | {k: v for k, v in given.items() if v}
+
+
+class Pool(Section):
+    """Replicas that hold the base and the adapters of some personas."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,30}$")
+    personas: Literal["all"] | tuple[str, ...] = "all"
+    replicas: int = Field(1, ge=1, le=64)
+    gpus: Literal["auto"] | float = Field("auto", description="GPUs per replica; auto: one if Ray sees any, else none")
+    cpus: float = Field(1, ge=0, description="CPUs that Ray reserves per replica")
+    threads: int | None = Field(None, ge=1, description="torch threads per replica on a CPU; None: the machine's cores shared by the replicas")
+    rows: int = Field(16, ge=1, le=512, description="requests in one batch")
+    queue: int = Field(64, ge=0, le=10_000, description="requests that may wait for a row; further ones get 503")
+
+    @field_validator("gpus")
+    @classmethod
+    def _not_negative(cls, value: Literal["auto"] | float) -> Literal["auto"] | float:
+        if value != "auto" and value < 0:
+            raise ValueError("must be auto or a number from 0")
+        return value
+
+
+class Http(Section):
+    """The endpoint."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    max_body_bytes: int = Field(1_000_000, ge=1000)
+    replicas: int = Field(1, ge=1, le=16, description="copies of the front door")
+
+
+class Generation(Section):
+    """Defaults where a request does not say."""
+
+    max_tokens: int = Field(400, ge=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    engine: Literal["model", "fake"] = Field("model", description="fake: a deterministic stand-in without weights, for trying clients")
+
+
+class Feedback(Section):
+    """What is kept of requests and ratings."""
+
+    url: str | None = Field(None, description="SQLAlchemy URL; None: feedback.db in the state folder")
+    keep_text: Literal["rated", "never"] = Field("rated", description="rated: the text of a request is stored only with a rating of it")
+    remember: int = Field(10_000, ge=0, description="recent requests whose text waits in memory for a rating")
+
+
+class Registry(Section):
+    """Where models are registered."""
+
+    uri: str | None = Field(None, description="MLflow tracking URI; None: MLFLOW_TRACKING_URI, else mlflow.db in the state folder")
+
+
+class Training(Section):
+    """Fine-tuning of one persona; `deskroute retrain` flags override these."""
+
+    method: str = Field("lora", description="a PEFT method by name; only lora can share a batch with other personas")
+    rank: int = Field(8, ge=1, le=256)
+    alpha: int = Field(16, ge=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    lr: float = Field(2e-3, gt=0)
+    steps: int = Field(160, ge=1, description="optimizer steps on the built-in corpus; on tickets `epochs` counts")
+    epochs: float = Field(6, gt=0)
+    rows: int = Field(8, ge=1, description="examples per step")
+    max_tokens: int = Field(1024, ge=32, description="longer examples are cut")
+    seed: int = 11
+
+
+class Config(Section):
+    """Everything, with defaults that run on a laptop."""
+
+    base: str = Field(BUILTIN, description="builtin, a folder, or a Hugging Face id of any causal language model")
+    dtype: str = "auto"
+    personas: Path | None = Field(None, description="a personas.yaml of your own")
+    router: str = Field(BUILTIN, description="builtin, or the folder of a router artefact")
+    knowledge: Knowledge = Knowledge()
+    desk: Desk = Desk()
+    policy: PolicySettings = PolicySettings()
+    fallback: str = Field("base", description="who answers when no persona can be told: base or a persona")
+    pools: tuple[Pool, ...] = (Pool(name="personas"),)
+    http: Http = Http()
+    generation: Generation = Generation()
+    feedback: Feedback = Feedback()
+    registry: Registry = Registry()
+    training: Training = Training()
+    state: Path = Field(Path(".deskroute"), description="state folder; DESKROUTE_HOME overrides it")
+    api_keys: tuple[str, ...] = Field(
+        (), repr=False, description="set by DESKROUTE_API_KEYS (comma-separated), not in the file; empty: no key is needed"
+    )
+
+    @field_validator("knowledge", mode="before")
+    @classmethod
+    def _folder_alone(cls, value: Any) -> Any:
+        return {"folder": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _pools_fit(self) -> Self:
+        known = tuple(p.id for p in self.catalogue())
+        names = [p.name for p in self.pools]
+        if len(set(names)) != len(names):
+            raise ValueError(f"pools: the name {max(names, key=names.count)!r} occurs twice")
+        for pool in self.pools:
+            for persona in () if pool.personas == "all" else pool.personas:
+                if persona not in known:
+                    raise ValueError(f"pools: {pool.name} names the persona {persona!r}; known are {', '.join(known)}")
+        served = {p for pool in self.pools for p in self.personas_of(pool)}
+        if missing := [p for p in known if p not in served]:
+            raise ValueError(f"pools: no pool serves {', '.join(missing)}; add them to a pool, or use `personas: all`")
+        if self.fallback != "base" and self.fallback not in known:
+            raise ValueError(f"fallback: {self.fallback!r} is neither base nor a persona; known are {', '.join(known)}")
+        return self
+
+    def catalogue(self) -> tuple[Persona, ...]:
+        """The personas, in order."""
+        return read_personas(self.personas)
+
+    def personas_of(self, pool: Pool) -> tuple[str, ...]:
+        """The persona ids a pool serves, in catalogue order."""
+        return tuple(p.id for p in self.catalogue() if pool.personas == "all" or p.id in pool.personas)
+
+    @property
+    def registry_uri(self) -> str:
+        """The MLflow tracking URI in force."""
+        return self.registry.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(self.state / 'mlflow.db').absolute()}"
+
+    @property
+    def feedback_url(self) -> str:
+        return self.feedback.url or f"sqlite:///{(self.state / 'feedback.db').absolute()}"
+
+
+def load_config(path: Path | None = None, **overrides: Any) -> Config:
+    """Read a configuration.
+
+    path: None takes ./deskroute.yaml if it is there, else the defaults. Overrides are dotted keys with double underscores, for example http__port=9000;
+    None values are ignored. Raises ConfigError that names file, key, value and the way out.
+    """
+    source = path or DEFAULT_FILE
+    raw: dict[str, Any] = {}
+    if path is not None or source.is_file():
+        raw = _read(source)
+    where = str(source) if raw or path else "defaults"
+    if "api_keys" in raw:
+        raise ConfigError(f"{where}: api_keys is a secret and does not belong in a file; set DESKROUTE_API_KEYS=key1,key2 in the environment")
+    # Paths in the file are meant relative to the file, wherever the command is run.
+    _anchor(raw, source.parent)
+    if keys := os.environ.get("DESKROUTE_API_KEYS"):
+        raw["api_keys"] = tuple(k.strip() for k in keys.split(",") if k.strip())
+    if home := os.environ.get("DESKROUTE_HOME"):
+        raw["state"] = home
+    for dotted, value in overrides.items():
+        if value is None:
+            continue
+        *parents, leaf = dotted.split("__")
+        at = raw
+        for key in parents:
+            at = at.setdefault(key, {})
+        at[leaf] = value
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as e:
+        raise ConfigError("\n".join(_say(where, err) for err in e.errors())) from None
+    return config.model_copy(update={"state": config.state.absolute()})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror}); give another file with --config, or none for the defaults") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}:{line} is not valid YAML ({getattr(e, 'problem', e)})") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be 'key: value' lines, not {type(raw).__name__}")
+    return raw
+
+
+def _anchor(raw: dict[str, Any], folder: Path) -> None:
+    for key in ("personas", "state", "knowledge"):
+        if isinstance(raw.get(key), str):
+            raw[key] = str(folder / raw[key])
+    if isinstance(raw.get("knowledge"), dict) and isinstance(raw["knowledge"].get("folder"), str):
+        raw["knowledge"]["folder"] = str(folder / raw["knowledge"]["folder"])
+    for key in ("base", "router"):
+        value = raw.get(key)
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            raw[key] = str(folder / value)
+
+
+def _say(where: str, error: Any) -> str:
+    key = ".".join(str(p) for p in error["loc"] if p not in ("tuple[str, ...]", "float", "literal['all']", "literal['auto']"))
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), _keys_at(error["loc"][:-1]), n=1, cutoff=0.6)
+        return f"{where}: unknown key {key!r}" + (
+            f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(_keys_at(error['loc'][:-1]))}"
+        )
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{where}: {message}"
+    shown = repr(error.get("input"))
+    return f"{where}: {key} is {shown[:80]}: {message[0].lower() + message[1:]}"
+
+
+def _keys_at(loc: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if part == "pools":
+            annotation = Pool
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return [k for k in model.model_fields if k != "api_keys"]

@@ -1,0 +1,188 @@
+"""The request's way, in one place: scores -> route -> article -> persona model -> answer, and what is written down of it.
+
+Knows nothing of HTTP, Ray or torch: the engines are whatever implements the Engine protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+
+from persona_models.errors import NotReadyError
+from persona_models.protocol import BASE, Engine, GenerateRequest, Message, TokenEvent
+from router.article import fill, handover_document
+from router.classifier import PersonaClassifier
+from router.config import Config
+from router.features import Profile, query_of
+from router.feedback import FeedbackStore
+from router.knowledge import KnowledgeBase, Match
+from router.policy import Route, decide
+from router.schema import ChatRequest, DeskrouteBlock, FeedbackRequest, ReasonBlock, RouteInput, SegmentBlock, SourceBlock, parse_model
+from router.telemetry import Telemetry, new_request_id
+
+DECLINED = (
+    "I am the IT service desk and can only help with IT matters: sign-in, devices, programs, networks, access. "
+    "If this is about IT, say in a sentence what does not work; people are on {desk_phone}."
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done with one request."""
+
+    request_id: str
+    route: Route
+    block: DeskrouteBlock
+    document: str
+    gate: dict[str, float]
+
+
+class Desk:
+    """Routes and answers. `engines` by persona id and "base"; personas of one pool share an engine object."""
+
+    def __init__(
+        self,
+        config: Config,
+        classifier: PersonaClassifier,
+        knowledge: KnowledgeBase,
+        engines: Mapping[str, Engine],
+        store: FeedbackStore,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        self.config = config
+        self.personas = tuple(p.id for p in config.catalogue())
+        self.classifier, self.knowledge, self.engines, self.store = classifier, knowledge, engines, store
+        self.telemetry = telemetry or Telemetry()
+        self.values = {**knowledge.values, **config.desk.values()}
+
+    # -- routing ----------------------------------------------------------------------------------------------------------------------------
+
+    def plan(self, messages: Sequence[Message], profile: Profile, model: str | None = None, request_id: str | None = None) -> Plan:
+        """Decide on a request without answering it. `model` as parse_model gives it."""
+        began = time.perf_counter()
+        query = query_of(messages, profile)
+        scores = self.classifier.score([query])[0]
+        if model is None:
+            route = decide(scores, self.config.policy)
+        elif model == BASE:
+            route = Route("fallback", None, max(scores.personas.values()), reason="the base was asked for")
+        else:
+            route = Route("persona", model, scores.personas[model], reason="the persona was asked for")
+        match = self.knowledge.best(query.text) if route.decision != "decline" else None
+        gate = self._gate(route, asked=model)
+        lead = max(gate, key=lambda p: gate[p]) if gate else None
+        document = match.article.render(lead, values=self.values) if match else handover_document(self.values)
+        request_id = request_id or new_request_id()
+        block = DeskrouteBlock(
+            request_id=request_id,
+            decision=route.decision,
+            persona=route.persona,
+            confidence=_round(route.confidence),
+            scores={p: _round(s) for p, s in scores.personas.items()},
+            in_domain=_round(scores.in_domain),
+            mix={p: _round(w) for p, w in route.mix.items()},
+            segments=[SegmentBlock(text=_last_user(messages), persona=route.persona, confidence=_round(route.confidence))],
+            reasons=[ReasonBlock(feature=r.feature, persona=r.persona, weight=_round(r.weight)) for r in scores.reasons],
+            sources=_sources(match),
+            versions={},
+            router_version=self.classifier.version,
+        )
+        self.telemetry.route_s.observe(time.perf_counter() - began)
+        return Plan(request_id, route, block, document, gate)
+
+    def plan_input(self, item: RouteInput) -> DeskrouteBlock:
+        """The block for one input of a batch."""
+        return self.plan(item.turns(), Profile.from_metadata(item.profile)).block
+
+    def _gate(self, route: Route, asked: str | None) -> dict[str, float]:
+        """Persona -> weight of its adapter. A mixture needs one engine that holds all its personas; otherwise the leading one answers alone."""
+        if route.decision == "mix":
+            if len({id(self.engines[p]) for p in route.mix}) == 1:
+                return dict(route.mix)
+            return {max(route.mix, key=lambda p: route.mix[p]): 1.0}
+        if route.persona:
+            return {route.persona: 1.0}
+        if asked is None and self.config.fallback != BASE:
+            return {self.config.fallback: 1.0}
+        return {}
+
+    # -- answering --------------------------------------------------------------------------------------------------------------------------
+
+    async def begin(self, request: ChatRequest) -> Plan:
+        """Parse, route and record a chat request. Raises UnknownModelError, InputError."""
+        profile = Profile.from_metadata(request.metadata)
+        plan = self.plan(request.turns(), profile, parse_model(request.model, self.personas))
+        await asyncio.to_thread(self.store.add_route, plan.block, user=request.user, profile=_known(request.metadata))
+        return plan
+
+    async def answer(self, request: ChatRequest, plan: Plan) -> AsyncGenerator[TokenEvent]:
+        """The events of an answer; the finished text waits in memory for a rating."""
+        began = time.perf_counter()
+        label = plan.route.persona or plan.route.decision
+        events = self._declined() if plan.route.decision == "decline" else self._generated(request, plan)
+        said: list[str] = []
+        self.telemetry.active.inc()
+        try:
+            async for event in events:
+                if not said:
+                    self.telemetry.first_token_s.labels(label).observe(time.perf_counter() - began)
+                said.append(event.text)
+                yield event
+                if event.finish_reason:
+                    self.telemetry.tokens.labels(label).inc(event.completion_tokens)
+                    self.telemetry.answer_s.labels(label).observe(time.perf_counter() - began)
+                    self.store.remember(plan.request_id, request.turns(), "".join(said))
+        finally:
+            self.telemetry.active.dec()
+            await events.aclose()
+
+    async def _generated(self, request: ChatRequest, plan: Plan) -> AsyncGenerator[TokenEvent]:
+        defaults = self.config.generation
+        lead = max(plan.gate, key=lambda p: plan.gate[p]) if plan.gate else BASE
+        generate = GenerateRequest(
+            request_id=plan.request_id,
+            messages=request.turns(),
+            gate=plan.gate,
+            document=plan.document,
+            max_tokens=request.max_completion_tokens or request.max_tokens or defaults.max_tokens,
+            temperature=defaults.temperature if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=request.seed,
+            stop=request.stop,
+        )
+        if lead not in self.engines:
+            raise NotReadyError(f"no pool serves {lead!r} yet; try again shortly")
+        async for event in self.engines[lead].generate(generate):
+            yield event
+
+    async def _declined(self) -> AsyncGenerator[TokenEvent]:
+        yield TokenEvent(fill(DECLINED, self.values), 0, 0, "stop")
+
+    # -- feedback -----------------------------------------------------------------------------------------------------------------------------
+
+    async def rate(self, body: FeedbackRequest) -> bool:
+        """Store a rating; returns whether its text could be stored with it."""
+        if body.correct_persona is not None:
+            parse_model(body.correct_persona, self.personas)
+        fields = body.model_dump(exclude={"request_id", "rating"})
+        stored = await asyncio.to_thread(self.store.rate, body.request_id, body.rating, **fields)
+        self.telemetry.ratings.labels(body.rating).inc()
+        return stored
+
+
+def _last_user(messages: Sequence[Message]) -> str:
+    return next(m.content for m in reversed(messages) if m.role == "user")
+
+
+def _sources(match: Match | None) -> list[SourceBlock]:
+    return [SourceBlock(id=match.article.id, title=match.article.title, score=_round(match.score))] if match else []
+
+
+def _known(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {k: v for k, v in metadata.items() if k in Profile.__dataclass_fields__}
+
+
+def _round(value: float) -> float:
+    return round(float(value), 4)

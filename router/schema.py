@@ -1,0 +1,221 @@
+"""What goes over the wire: OpenAI-compatible bodies, the `deskroute` block, errors. `model` is parsed here and nowhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from persona_models.errors import DeskrouteError, InputError, UnknownModelError
+from persona_models.protocol import BASE, Message
+
+AUTO = "auto"
+
+
+class Body(BaseModel):
+    """Base of request bodies: unknown fields are ignored, since clients send many."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+
+def _text_of(content: Any) -> Any:
+    """OpenAI's list-of-parts form -> plain text; None (a tool call's content) -> empty."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"only text parts are supported, not {kind!r}")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class ChatMessage(Body):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_text_of)]
+
+    def plain(self) -> Message:
+        return Message("system" if self.role == "developer" else self.role, self.content)
+
+
+class Conversation(Body):
+    """What is scored: messages and the requester's profile (`metadata`)."""
+
+    model: str = AUTO
+    messages: tuple[ChatMessage, ...] = Field(min_length=1)
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if not any(m.role == "user" and m.content.strip() for m in self.messages):
+            raise ValueError("messages need at least one user turn with text")
+        return self
+
+    def turns(self) -> tuple[Message, ...]:
+        return tuple(m.plain() for m in self.messages)
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class ChatRequest(Conversation):
+    """POST /v1/chat/completions."""
+
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else (v or ()))
+    ] = Field((), max_length=16)
+    user: str | None = Field(None, max_length=512)
+    n: int | None = 1
+    tools: tuple[Any, ...] | None = None
+    logprobs: bool | None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        if self.n not in (None, 1):
+            raise ValueError("n: only one answer per request is supported")
+        if self.tools:
+            raise ValueError("tools are not supported by the helpdesk's models")
+        if self.logprobs:
+            raise ValueError("logprobs are not supported yet")
+        return self
+
+
+class RouteInput(Body):
+    """One input of a batch of POST /v1/route, also a line of `deskroute route --jsonl`."""
+
+    id: str | int | None = None
+    text: str | None = None
+    messages: tuple[ChatMessage, ...] = ()
+    profile: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_text(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Self:
+        if bool(self.text and self.text.strip()) == bool(self.messages):
+            raise ValueError("give either text or messages")
+        return self
+
+    def turns(self) -> tuple[Message, ...]:
+        return tuple(m.plain() for m in self.messages) or (Message("user", self.text or ""),)
+
+
+class RouteRequest(Body):
+    """POST /v1/route with several inputs."""
+
+    inputs: tuple[RouteInput, ...] = Field(min_length=1, max_length=1000)
+
+
+class FeedbackRequest(Body):
+    """POST /v1/feedback."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    request_id: str = Field(min_length=1, max_length=100)
+    rating: Literal["up", "down"]
+    comment: str | None = Field(None, max_length=10_000)
+    correct_persona: str | None = Field(None, max_length=100, description="who should have been answered")
+    better_answer: str | None = Field(None, max_length=50_000, description="what a good answer would have been")
+    user: str | None = Field(None, max_length=512)
+
+
+class ReasonBlock(BaseModel):
+    feature: str
+    persona: str
+    weight: float
+
+
+class SegmentBlock(BaseModel):
+    text: str
+    persona: str | None
+    confidence: float
+
+
+class SourceBlock(BaseModel):
+    id: str
+    title: str
+    score: float
+
+
+class DeskrouteBlock(BaseModel):
+    """What every answer says about itself."""
+
+    request_id: str
+    decision: Literal["persona", "mix", "fallback", "decline"]
+    persona: str | None
+    confidence: float
+    scores: dict[str, float]
+    in_domain: float
+    mix: dict[str, float]
+    segments: list[SegmentBlock]
+    reasons: list[ReasonBlock]
+    sources: list[SourceBlock]
+    versions: dict[str, str]
+    router_version: str
+
+
+def parse_model(model: str, personas: Sequence[str]) -> str | None:
+    """`model` -> None for "auto", "base", or a persona id. Raises UnknownModelError (404)."""
+    if model == AUTO:
+        return None
+    if model == BASE or model in personas:
+        return model
+    raise UnknownModelError(f"the model {model!r} does not exist; use auto, base or one of {', '.join(personas)}", param="model")
+
+
+def completion_id(request_id: str) -> str:
+    return f"chatcmpl-{request_id}"
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}
+
+
+def completion(block: DeskrouteBlock, model: str, text: str, finish_reason: str, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    """The body of an answer that is not streamed."""
+    return {
+        "id": completion_id(block.request_id),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None, "finish_reason": finish_reason}
+        ],
+        "usage": usage(prompt_tokens, completion_tokens),
+        "deskroute": block.model_dump(),
+    }
+
+
+def error_body(error: DeskrouteError) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def first_fault(errors: Sequence[Any]) -> InputError:
+    """pydantic's list of faults -> one InputError about the first."""
+    fault = errors[0]
+    path = [str(p) for p in fault["loc"] if p != "body"]
+    if fault["type"] == "json_invalid":
+        return InputError(f"the body is not valid JSON: {fault.get('ctx', {}).get('error', fault['msg'])}")
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if not path:
+        return InputError(message)
+    return InputError(f"{'.'.join(path)}: {message}", param=".".join(path))

@@ -1,0 +1,254 @@
+"""pipelines/train_router.py on a tiny corpus written here: it learns, measures on held-out voices, and writes whole artefacts only."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from persona_models.errors import WorkError
+from pipelines import train_router as module
+from pipelines.train_router import fit_classifier, read_router_corpus, train_router
+from router.classifier import MANIFEST, PersonaClassifier
+from router.features import Profile, Query
+from router.knowledge import KnowledgeBase
+
+PERSONAS = ("leadership", "field", "admin")
+WORK = {
+    "leadership": ["before the board meeting", "the chairman needs it", "for our directors' dinner", "the chief executive waits"],
+    "field": ["here at the customer's site", "in the van on the road", "up on the rig", "between two inspections"],
+    "admin": ["the payroll run is due", "with forty invoices open", "at the reception counter", "the supplier wants his money"],
+}
+TROUBLE = {
+    "vpn": ["vpn tunnel drops", "gateway not reachable", "no tunnel from the hotel", "vpn client hangs"],
+    "printer": ["printer queue stuck", "pages never come out", "paper jam in the tray", "printer prints stripes"],
+    "password": ["password expired", "forgot my password", "password not accepted", "reset of the password fails"],
+}
+
+
+def write_corpus(folder):
+    for name in ("articles", "prompts", "router"):
+        (folder / name).mkdir(parents=True)
+    (folder / "slots.yaml").write_text('desk_phone: ["4357", "2200"]\n')
+    for topic, troubles in TROUBLE.items():
+        symptoms = "\n".join(f"- {t}" for t in troubles[:2])
+        (folder / "articles" / f"{topic}.md").write_text(f"# About the {topic}\n\n## Symptoms\n{symptoms}\n\n## Steps\n1. Restart the {topic}.\n")
+        rows = [
+            {"text": f"{t}, {w}", "persona": p, "register": "chat", "voice": f"{'held_' if n == 3 else 'v'}{p}_{n}"}
+            for t in troubles
+            for p in PERSONAS
+            for n, w in enumerate(WORK[p])
+        ]
+        (folder / "prompts" / f"{topic}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    strangers = [
+        "a poem about the moon",
+        "how long do I boil an egg",
+        "who won the football match",
+        "my cat is ill",
+        "write my history essay",
+        "cheap flights to Rome",
+    ]
+    write_rows(folder / "router" / "out_of_domain.jsonl", [
+        {"text": f"{t} {n}", "kind": "smalltalk", "voice": f"{'held_' if n == 2 else ''}o{n}"} for t in strangers for n in range(3)
+    ])  # fmt: skip
+    write_rows(folder / "router" / "neutral.jsonl", [
+        {"text": t, "register": "chat", "voice": f"{'held_' if n == 0 else ''}n{n}"} for n in range(3) for topic in TROUBLE.values() for t in topic
+    ])  # fmt: skip
+    write_rows(folder / "router" / "profiles.jsonl", [
+        {"text": f"{t} again {n}", "persona": p, "voice": f"{'held_' if n == 0 else ''}p{p}{n}",
+         "profile": {"title": title, "department": "", "tenure_days": 40 * n, "location": "Lyon"}}
+        for n in range(3) for t in TROUBLE["vpn"]
+        for p, title in (("leadership", "Director"), ("field", "Service engineer"), ("admin", "Payroll clerk"))
+    ])  # fmt: skip
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "router"
+    return out, train_router(corpus, out, PERSONAS, seed=1)
+
+
+def test_corpus_is_read_with_topics_profiles_and_kinds(corpus):
+    data = read_router_corpus(corpus, PERSONAS)
+    assert [a.id for a in data.articles] == ["password", "printer", "vpn"]
+    assert data.values == {"desk_phone": "4357"}
+    assert len(data.prompts) == 3 * 48
+    assert {r.topic for r in data.prompts} == set(TROUBLE)
+    assert sum(r.held_out for r in data.prompts) == 36
+    assert data.personal[0].profile == Profile("Director", "", 0, "Lyon")
+    assert {r.kind for r in data.out_of_domain} == {"smalltalk"}
+
+
+def test_router_files_may_be_missing(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    for file in (corpus / "router").iterdir():
+        file.unlink()
+    data = read_router_corpus(corpus, PERSONAS)
+    assert (data.personal, data.neutral, data.out_of_domain) == ((), (), ())
+    report = train_router(corpus, tmp_path / "out", PERSONAS)
+    assert report.metrics["accuracy_text"] > 0.3
+    assert "in_domain_auroc" not in report.metrics
+    # Without strangers to learn from nothing is declined.
+    assert all(s.in_domain >= s.min_in_domain for s in PersonaClassifier.load(tmp_path / "out").score([Query("a poem"), Query("")]))
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("{broken", "prompts/vpn.jsonl:2"),
+        ('["list"]', "prompts/vpn.jsonl:2"),
+        ('{"text": "no persona"}', "persona"),
+        ('{"text": " ", "persona": "field"}', "empty text"),
+        ('{"text": "x", "persona": "pilot"}', "pilot"),
+        ('{"text": "x", "persona": "field", "profile": {"tenure_days": "long"}}', "long"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, fault):
+    corpus = write_corpus(tmp_path / "corpus")
+    path = corpus / "prompts" / "vpn.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n" + line + "\n")
+    with pytest.raises(WorkError, match=fault):
+        read_router_corpus(corpus, PERSONAS)
+
+
+def test_an_empty_corpus_and_a_persona_without_prompts_are_named(tmp_path, corpus):
+    with pytest.raises(WorkError, match="nothing to train"):
+        read_router_corpus(tmp_path, PERSONAS)
+    with pytest.raises(WorkError, match="new_hire"):
+        fit_classifier(read_router_corpus(corpus), (*PERSONAS, "new_hire"))
+
+
+def test_it_learns_from_text_from_profiles_and_what_is_no_request(trained):
+    out, report = trained
+    classifier = PersonaClassifier.load(out, PERSONAS)
+    scores = classifier.score([
+        Query("pages never come out before the board meeting of the directors"),
+        Query("vpn tunnel drops in the van on the road to the customer's site"),
+        Query("vpn tunnel drops again", Profile(title="Payroll clerk")),
+        Query("a poem about the moon"),
+    ])  # fmt: skip
+    best = [max(s.personas, key=s.personas.__getitem__) for s in scores[:3]]
+    assert best == ["leadership", "field", "admin"]
+    assert scores[3].in_domain < min(s.in_domain for s in scores[:3])
+    assert any(r.feature.startswith("title") for r in scores[2].reasons)
+    assert KnowledgeBase.load(out).best("my printer makes stripes").article.id == "printer"
+    assert report.metrics["accuracy_profile"] > report.metrics["accuracy_profile_text_only"]
+
+
+def test_report_counts_the_held_out_voices_and_nothing_else(trained):
+    _, report = trained
+    held = 36  # prompts; the texts that came with a profile tell nothing without it
+    assert report.confusion.sum() == held
+    assert report.reliability["count"].sum() == held
+    assert np.trace(report.confusion) / held == pytest.approx(report.metrics["accuracy_text"])
+    assert sum(e["kind"] == "persona" for e in report.errors) == held - np.trace(report.confusion)
+    assert sum(n for _, _, n in report.retrieval_confusions) == sum(e["kind"] == "article" for e in report.errors)
+    expected = {
+        "accuracy_text", "macro_f1_text", "ece_text", "brier_text", "coverage_at_threshold", "accuracy_at_threshold", "accuracy_profile",
+        "in_domain_auroc", "false_decline_rate", "retrieval_top1", "retrieval_top3", "article_lost", "no_article_when_struck_out",
+        "no_article_out_of_domain", "latency_p50_ms", "latency_p95_ms",
+    }  # fmt: skip
+    assert expected <= set(report.metrics)
+    shares = {k: v for k, v in report.metrics.items() if not k.startswith(("latency", "brier"))}
+    assert all(0 <= v <= 1 for v in shares.values())
+
+
+def test_held_out_voices_are_never_trained_on(tmp_path, corpus, trained):
+    """Garbage in the held-out voices must not move a single weight."""
+    poisoned = write_corpus(tmp_path / "corpus")
+    for path in [*(poisoned / "prompts").iterdir(), *(poisoned / "router").iterdir()]:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        write_rows(path, [r | {"text": "leak leak leak"} if r["voice"].startswith("held_") else r for r in rows])
+    report = train_router(poisoned, tmp_path / "out", PERSONAS, seed=1)
+    assert report.version == trained[1].version
+
+
+def test_the_artefact_is_whole_and_says_so_last(trained):
+    out, report = trained
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert set(manifest["files"]) == {p.name for p in out.iterdir()} - {MANIFEST}
+    for name, expected in manifest["files"].items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == expected
+    assert manifest["personas"] == list(PERSONAS)
+    assert manifest["version"] == report.version
+    assert [p.name for p in out.parent.iterdir()] == ["router"]
+
+
+def test_a_failed_run_leaves_the_old_artefact_and_no_rest(tmp_path, corpus, monkeypatch):
+    out = tmp_path / "router"
+    train_router(corpus, out, PERSONAS)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    train_router(corpus, out, PERSONAS)  # in place of an old one
+    assert [p.name for p in tmp_path.iterdir()] == ["router"]
+
+    def full_disk(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(KnowledgeBase, "save", full_disk)
+    with pytest.raises(WorkError, match="disk full"):
+        train_router(corpus, out, PERSONAS)
+    assert [p.name for p in tmp_path.iterdir()] == ["router"]
+    assert {p.name for p in out.iterdir()} == set(before)
+
+
+def test_folds_keep_voices_whole_and_cover_every_row_once():
+    voices = [f"v{n % 11}" for n in range(60)]
+    folds = list(module._folds(voices, seed=0))
+    assert np.sum(folds, axis=0).tolist() == [1] * 60
+    for fold in folds:
+        inside = {v for v, chosen in zip(voices, fold, strict=True) if chosen}
+        assert inside.isdisjoint({v for v, chosen in zip(voices, fold, strict=True) if not chosen})
+
+
+def test_calibration_withholds_no_more_right_articles_than_allowed():
+    random = np.random.default_rng(0)
+    products = random.uniform(0, 0.3, size=(400, 5))
+    label = random.integers(0, 5, size=400)
+    products[np.arange(400), label] += 0.3
+    found = module._calibrate(module.Calibration(), products, label, random.uniform(0, 0.3, size=(50, 5)))
+    right = products.argmax(axis=1) == label
+    best = np.array([found.scores(p).max() for p in products[right]])
+    assert (best < found.threshold).mean() <= module.MAX_LOST_ARTICLES
+    assert min(found.slope, found.lead) >= 0
+
+
+def test_term_weights_gradient_is_the_slope_of_the_loss(monkeypatch):
+    """The analytic gradient against finite differences, read off through a minimiser that only evaluates."""
+    random = np.random.default_rng(0)
+    from scipy import sparse
+
+    x = sparse.random(12, 7, 0.6, format="csr", rng=random)
+    vectors = sparse.random(3, 7, 0.7, format="csr", rng=random)
+    fold = np.arange(12) % 2 == 0
+    seen = {}
+
+    class Done:
+        x = np.zeros(8)
+
+    def only_evaluate(loss, start, **_):
+        point = random.normal(size=8) * 0.3
+        seen["exact"] = loss(point)[1]
+        step = np.eye(8) * 1e-5
+        seen["slope"] = np.array([(loss(point + s)[0] - loss(point - s)[0]) / 2e-5 for s in step])
+        return Done
+
+    monkeypatch.setattr(module, "minimize", only_evaluate)
+    module._term_weights(x, random.integers(0, 3, 12), [(fold, vectors), (~fold, vectors * 0.5)])
+    np.testing.assert_allclose(seen["exact"], seen["slope"], atol=1e-4)
+
+
+def test_temperature_undoes_a_known_sharpening():
+    random = np.random.default_rng(1)
+    logits = random.normal(size=(4000, 3)) * 2
+    label = np.array([random.choice(3, p=p) for p in module.softmax(logits)])
+    assert module._temperature(logits * 2.5, label) == pytest.approx(2.5, rel=0.15)
