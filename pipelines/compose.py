@@ -18,7 +18,7 @@ import yaml
 
 from persona_models.errors import WorkError
 from persona_models.protocol import Message
-from router.article import Article, fill, handover_document, read_article, slots_in
+from router.article import Article, Step, fill, handover_document, read_article, slots_in
 
 CORPUS = Path(__file__).with_name("corpus")
 HELD_OUT = "held_"  # voices whose names begin so are never trained on
@@ -107,6 +107,9 @@ class Corpus:
         return _yaml(self.folder / "router" / "follow_ups.yaml")
 
 
+WORDINGS = ("plain", "short", "full")
+# Share of composed conversations whose article has the steps of others, so that an answer must be read off the article.
+SCRAMBLED = 0.35
 # Shares of the kinds of conversation among the composed ones.
 KINDS = {"article": 0.82, "handover": 0.1, "still": 0.05, "thanks": 0.03}
 
@@ -133,14 +136,33 @@ class Composer:
         kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
         return self.compose(prompt, persona, kind, rng)
 
+    @cached_property
+    def _words(self) -> list[str]:
+        """Every word of the articles once."""
+        text = " ".join(" ".join([*(st.say(w) for st in a.steps for w in WORDINGS), *a.notes.values(), a.cause]) for a in self.articles.values())
+        return sorted({w for w in text.split() if "{" not in w and "}" not in w})
+
+    def _scrambled(self, article: Article, rng: random.Random) -> Article:
+        """The article with steps of other articles and some words exchanged: the prompt no longer tells what the steps will be."""
+        donors = [rng.choice(list(self.articles.values())) for _ in article.steps]
+
+        def swap(text: str) -> str:
+            return " ".join(rng.choice(self._words) if rng.random() < 0.12 and "{" not in w else w for w in text.split())
+
+        steps = tuple(Step(swap(rng.choice(d.steps).say(rng.choice(WORDINGS)))) for d in donors)
+        slots = {k: v for d in (article, *donors) for k, v in d.slots.items()}
+        return replace(article, steps=steps, slots=slots, order={})
+
     def compose(self, prompt: Prompt, persona: str, kind: str, rng: random.Random, *, vary: bool = True) -> Example:
         """One conversation about a prompt. vary=False keeps the article as it is served."""
         article = self.articles[prompt.topic]
+        if vary and rng.random() < SCRAMBLED:
+            article = self._scrambled(article, rng)
         manner = self.corpus.manner[persona]
         values = {k: rng.choice(v) if vary else v[0] for k, v in (self.corpus.slots | dict(article.slots)).items()}
         reader = None if persona == NEUTRAL else persona
         shown = _varied(article, reader, rng) if vary else article
-        wording = rng.choice(["plain", "short", "full"]) if vary and rng.random() < 0.4 else None
+        wording = rng.choice(WORDINGS) if vary and rng.random() < 0.4 else None
         document = shown.render(reader, wording=wording, values=values)
         messages = [Message("user", prompt.text)]
         if kind == "handover":

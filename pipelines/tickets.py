@@ -41,7 +41,8 @@ _PERSONAL = {
     "IBAN": re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b"),
     "CARD": re.compile(r"\b(?:\d[ -]?){13,16}\b"),
     "IP": re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}\b"),
-    "PHONE": re.compile(r"(?<![\w.])\+?\d{1,3}[ ./-]?(?:\(?\d{2,5}\)?[ ./-]?){2,5}\d{2,4}(?!\w)"),
+    # Groups of digits with separators, or a plus sign and digits: build numbers and error codes have neither.
+    "PHONE": re.compile(r"(?<![\w.])(?:\+\d[\d ()/-]{7,16}\d|\(?0\d{1,4}\)?(?:[ /-]\d{2,5}){2,4}|\(\d{3}\) ?\d{3}-\d{4})(?![\w.])"),
 }
 
 

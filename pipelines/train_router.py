@@ -41,7 +41,7 @@ IN_DOMAIN_C = 30.0
 PROFILE_WEIGHT = 2.0
 TERM_PULL = 1.0
 # What calibration may cost: the share of real requests declined, and of right articles withheld.
-MAX_FALSE_DECLINES = 0.015
+MAX_FALSE_DECLINES = 0.01
 MAX_LOST_ARTICLES = 0.01
 RELIABILITY_BINS = 10
 

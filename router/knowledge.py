@@ -63,7 +63,7 @@ class Calibration:
 
 
 class KnowledgeBase:
-    """The articles and their index. Immutable: with_articles() makes another one."""
+    """The articles and their index; with_articles() makes another one and leaves this one as it is."""
 
     def __init__(
         self,

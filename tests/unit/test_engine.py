@@ -52,7 +52,7 @@ def adapters(tmp_path_factory, tiny_base_folder) -> dict[str, Path]:
     return {p: shared.save_adapter(tiny_base_folder, root / p, seed=i, rank=2 + i) for i, p in enumerate(shared.PERSONAS)}
 
 
-@pytest.fixture()
+@pytest.fixture
 async def engine(tiny_base_folder, adapters):
     base = load_base(str(tiny_base_folder), device="cpu")
     engine = PersonaEngine(base, max_rows=3, max_queue=20)

@@ -1,0 +1,148 @@
+"""The corpus as data: complete, balanced, without personal data, and without leaks across the hold-out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipelines.compose import CORPUS, HELD_OUT, NEUTRAL, Composer, Corpus
+from pipelines.tickets import redact
+from router.article import slots_in
+
+PERSONAS = ("leadership", "knowledge_worker", "field", "admin", "new_hire")
+REGISTERS = {"chat", "ticket", "mail", "voicemail", "nonnative", "typos", "caps"}
+TOPICS = sorted(p.stem for p in (CORPUS / "articles").glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return Corpus(CORPUS, PERSONAS)
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (CORPUS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def test_there_are_at_least_150_topics():
+    assert len(TOPICS) >= 150
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_every_article_is_complete(corpus, topic):
+    article = corpus.articles[topic]
+    assert 4 <= len(article.steps) <= 7
+    assert all(s.short and s.full for s in article.steps)
+    assert len(article.symptoms) >= 6
+    assert article.cause
+    assert article.escalate
+    assert set(article.order) == set(article.notes) == set(PERSONAS)
+    assert 2 <= len(article.order["leadership"]) <= 4
+    text = (CORPUS / "articles" / f"{topic}.md").read_text(encoding="utf-8")
+    assert slots_in(text) <= set(article.slots) | set(corpus.slots), "a slot that nobody declares"
+    assert slots_in(text), "an article that varies nothing teaches copying from memory"
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_every_topic_has_enough_prompts_of_everybody(corpus, topic):
+    mine = [p for p in corpus.prompts if p.topic == topic]
+    assert len(mine) >= 30
+    assert min(Counter(p.persona for p in mine)[x] for x in PERSONAS) >= 6
+    assert {p.register for p in mine} <= REGISTERS
+    assert sum(p.held_out for p in mine) >= 4
+
+
+def test_every_register_and_persona_is_well_represented(corpus):
+    assert min(Counter(p.register for p in corpus.prompts)[r] for r in REGISTERS) >= 200
+    counts = Counter(p.persona for p in corpus.prompts)
+    assert max(counts.values()) < 1.1 * min(counts.values())
+
+
+def test_no_text_names_a_persona_by_its_id(corpus):
+    for prompt in corpus.prompts:
+        assert not re.search(r"knowledge_worker|new_hire|\bleadership\b", prompt.text), prompt.text
+
+
+def test_no_personal_data(corpus):
+    """Addresses and numbers of people; a service desk's example.com names in articles are no one's."""
+    texts = [p.text for p in corpus.prompts]
+    texts += [r["text"] for name in ("out_of_domain", "neutral", "profiles", "persona") for r in rows(f"router/{name}.jsonl")]
+    found = [t for t in texts if re.search(r"\[(MAIL|IBAN|PHONE)\]", redact(t)) and "[MAIL]" not in t]
+    assert not found, found[:5]
+
+
+def test_no_prompt_twice_and_none_nearly_twice_across_the_hold_out(corpus):
+    """Near: the same words up to one in five. A leak here would make every held-out figure a lie."""
+    exact = Counter(" ".join(p.text.lower().split()) for p in corpus.prompts)
+    assert [t for t, n in exact.items() if n > 1] == []
+    trained: dict[str, list[frozenset[str]]] = {}
+    for prompt in corpus.prompts:
+        if not prompt.held_out:
+            trained.setdefault(prompt.topic, []).append(words(prompt.text))
+    near = []
+    for prompt in (p for p in corpus.prompts if p.held_out):
+        mine = words(prompt.text)
+        near += [prompt.text for other in trained[prompt.topic] if len(mine & other) >= 0.8 * len(mine | other)]
+    assert near == []
+
+
+@pytest.mark.parametrize("persona", [*PERSONAS, NEUTRAL])
+def test_every_manner_has_enough_parts(corpus, persona):
+    manner = corpus.manner[persona]
+    least = 40 if persona != NEUTRAL else 20
+    assert len(manner.openers) >= least
+    assert len(manner.closers) >= least
+    for part in (manner.openers, manner.closers, manner.handover, manner.still, manner.thanks):
+        assert len(set(part)) == len(part)
+        known = set(corpus.slots) | {"subject"}
+        assert all(slots_in(text) <= known for text in part)
+
+
+def test_manners_share_no_part(corpus):
+    """An opener that two personas share would blur what a blind reader tells apart."""
+    seen = Counter(t for p in PERSONAS for t in {*corpus.manner[p].openers, *corpus.manner[p].closers})
+    assert [t for t, n in seen.items() if n > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("out_of_domain", 600), ("neutral", 400), ("profiles", 600), ("conversations", 150), ("two_requests", 150), ("persona", 500)]
+)
+def test_router_files_are_complete(name, least):
+    found = rows(f"router/{name}.jsonl")
+    assert len(found) >= least
+    assert any(r["voice"].startswith(HELD_OUT) for r in found)
+    if name == "two_requests":
+        assert all(part["text"] in r["text"] and part["persona"] in PERSONAS for r in found for part in r["parts"])
+    if name == "conversations":
+        assert all(r["messages"][-1]["role"] == "user" for r in found)
+
+
+def test_composition_is_repeatable_and_grounded(corpus):
+    """Every step of an article's answer stands in its document, word for word, and no slot is left open."""
+    one, two = Composer(corpus, 3), Composer(corpus, 3)
+    for i in range(200):
+        example = one.example(i)
+        assert example == two.example(i)
+        assert not slots_in(example.answer), example.answer
+        if example.kind == "article":
+            steps = [line.split(". ", 1)[1] for line in example.document.splitlines() if line[0].isdigit()]
+            assert sum(step in example.answer for step in steps) >= min(2, len(steps))
+
+
+def test_held_out_authors_are_never_composed_for_training(corpus):
+    held = {p.text for p in corpus.prompts if p.held_out}
+    composer = Composer(corpus, 1)
+    assert not {composer.example(i).messages[0].content for i in range(1000)} & held
+
+
+def test_the_evaluation_set_is_nobodys_training_text(corpus):
+    trained = {" ".join(p.text.lower().split()) for p in corpus.prompts}
+    for path in sorted(Path(CORPUS / "evaluation").glob("*.jsonl")):
+        assert not {" ".join(json.loads(line)["text"].lower().split()) for line in path.read_text().splitlines()} & trained

@@ -1,0 +1,304 @@
+"""The endpoint in process, on the fake engine: what OpenAI's client sees, and every refusal in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from persona_models.fake_engine import FakeEngine
+from persona_models.protocol import BASE
+from router.article import Article, Step
+from router.classifier import PersonaClassifier
+from router.config import load_config
+from router.desk import Desk
+from router.features import FeatureSpace, Query
+from router.feedback import FeedbackStore
+from router.ingress import create_app
+from router.knowledge import KnowledgeBase
+
+PERSONAS = ("leadership", "knowledge_worker", "field", "admin", "new_hire")
+WORDS = {"leadership": "board", "knowledge_worker": "dataset", "field": "customer", "admin": "payroll", "new_hire": "first"}
+
+
+def tiny_classifier() -> PersonaClassifier:
+    """One telling word per persona, and "vpn" or "printer" for the helpdesk."""
+    texts = [f"{w} vpn" for w in WORDS.values()] + ["printer", "poem"]
+    space = FeatureSpace.fit([Query(t) for t in texts * 3])
+    weights = np.zeros((len(space), len(PERSONAS) + 1), dtype=np.float32)
+    for i, name in enumerate(space.names):
+        for p, persona in enumerate(PERSONAS):
+            weights[i, p] = 12.0 if WORDS[persona] in name else 0.0
+        weights[i, -1] = 15.0 if "vpn" in name or "printer" in name else 0.0
+    bias = np.zeros(len(PERSONAS) + 1, dtype=np.float32)
+    bias[-1] = -4.0
+    return PersonaClassifier(space, PERSONAS, weights, bias, 1.0, 0.5, version="test")
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine(dict.fromkeys(PERSONAS, "7"))
+
+
+@pytest.fixture
+def make_app(engine, tmp_path):
+    def make(**overrides):
+        config = load_config(**overrides)
+        articles = [Article("vpn", "VPN drops", "the VPN", ("vpn drops",), steps=(Step("Restart the VPN client."), Step("Call {desk_phone}.")))]
+        knowledge = KnowledgeBase.build(articles, {"vpn": ["my vpn drops"] * 5}, values={"desk_phone": "4357", "desk_portal": "the IT portal"})
+        store = FeedbackStore(f"sqlite:///{tmp_path / 'f.db'}")
+        desk = Desk(config, tiny_classifier(), knowledge, dict.fromkeys([*PERSONAS, BASE], engine), store)
+
+        async def status():
+            return {"personas": engine.status()}
+
+        return create_app(desk, status)
+
+    return make
+
+
+@pytest.fixture
+async def http(make_app):
+    transport = httpx.ASGITransport(make_app(), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+        yield client
+
+
+@pytest.fixture
+async def sdk(http):
+    return openai.AsyncOpenAI(base_url="http://desk/v1", api_key="none", http_client=http, max_retries=0)
+
+
+async def chat(http, text="my vpn drops at the customer", **body):
+    return await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": text}]} | body)
+
+
+async def test_auto_routes_grounds_and_says_so(sdk):
+    answer = await sdk.chat.completions.create(model="auto", messages=[{"role": "user", "content": "my vpn drops at the customer"}])
+    block = answer.model_extra["deskroute"]
+    assert answer.choices[0].message.content == "[field] About the VPN. | my vpn drops at the customer"
+    assert (block["decision"], block["persona"], block["versions"]) == ("persona", "field", {"field": "7"})
+    assert block["sources"][0]["id"] == "vpn"
+    assert abs(sum(block["scores"].values()) - 1) < 1e-3
+    assert block["reasons"][0]["persona"] == "field"
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+async def test_a_stream_begins_with_the_block_and_ends_with_usage(sdk):
+    stream = await sdk.chat.completions.create(
+        model="auto", messages=[{"role": "user", "content": "my vpn drops at the customer"}], stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [c async for c in stream]
+    assert chunks[0].model_extra["deskroute"]["versions"] == {"field": "7"}
+    assert all("deskroute" not in c.model_extra for c in chunks[1:])
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == "[field] About the VPN. | my vpn drops at the customer"
+    assert len(chunks) > 5
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+async def test_a_persona_or_the_base_can_be_asked_for(sdk):
+    ask = [{"role": "user", "content": "my vpn drops at the customer"}]
+    admin = await sdk.chat.completions.create(model="admin", messages=ask)
+    base = await sdk.chat.completions.create(model="base", messages=ask)
+    assert admin.choices[0].message.content.startswith("[admin]")
+    assert base.choices[0].message.content.startswith("[base]")
+    assert base.model_extra["deskroute"]["persona"] is None
+
+
+async def test_an_unknown_model_is_a_404_in_openais_shape(sdk):
+    with pytest.raises(openai.NotFoundError) as fault:
+        await sdk.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "hi"}])
+    assert fault.value.body["code"] == "model_not_found"
+    assert fault.value.body["param"] == "model"
+    assert "use auto, base or one of" in fault.value.body["message"]
+
+
+async def test_what_is_no_helpdesk_request_is_declined_without_a_model(http, engine):
+    engine.closed = True  # no engine is needed to decline
+    body = (await chat(http, "write a poem")).json()
+    assert body["deskroute"]["decision"] == "decline"
+    assert "4357" in body["choices"][0]["message"]["content"]
+    assert body["deskroute"]["sources"] == []
+
+
+async def test_nobody_can_be_told_falls_back(http):
+    body = (await chat(http, "my vpn drops")).json()
+    assert (body["deskroute"]["decision"], body["deskroute"]["persona"]) == ("fallback", None)
+    assert body["choices"][0]["message"]["content"].startswith("[base]")
+
+
+async def test_two_likely_personas_share_the_answer(make_app):
+    transport = httpx.ASGITransport(make_app(policy__mix_margin=0.9))
+    async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+        mixed = (await chat(client, "vpn for payroll and the board")).json()
+    assert mixed["deskroute"]["decision"] == "mix"
+    assert set(mixed["deskroute"]["mix"]) == {"admin", "leadership"}
+    assert mixed["choices"][0]["message"]["content"].startswith("[admin:0.")
+
+
+async def test_without_an_article_the_model_hands_over(http):
+    body = (await chat(http, "printer payroll", model="admin")).json()
+    assert "No article covers this request." in body["choices"][0]["message"]["content"]
+    assert body["deskroute"]["sources"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "says"),
+    [
+        ({"messages": []}, 400, "messages", "at least 1"),
+        ({}, 400, "messages", "required"),
+        ({"messages": "hi"}, 400, "messages", "tuple"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0.role", "'user'"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "messages.0.content", "string"),
+        ({"messages": [{"role": "user", "content": "  "}]}, 400, None, "at least one user turn with text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content", "only text parts"),
+        ({"temperature": "hot"}, 400, "temperature", "number"),
+        ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
+        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+        ({"n": 2}, 400, None, "only one answer"),
+        ({"tools": [{"type": "function"}]}, 400, None, "tools are not supported"),
+        ({"stop": ["x"] * 17}, 400, "stop", "16"),
+        ({"metadata": {"tenure_days": "many"}}, 400, "metadata.tenure_days", "whole number"),
+        ({"metadata": {"title": 3}}, 400, "metadata.title", "string"),
+        ({"messages": [{"role": "user", "content": "vpn customer " * 3000}]}, 400, "messages", "only 4096 fit"),
+    ],
+)
+async def test_bad_bodies_are_named(http, body, status, param, says):
+    answer = await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "vpn customer"}]} | body if body else {})
+    error = answer.json()["error"]
+    assert answer.status_code == status
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert says in error["message"]
+
+
+@pytest.mark.parametrize("raw", [b"{", b"", b"null", b"[1]", b'"text"', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/route", "/v1/feedback"])
+async def test_what_is_no_json_object_is_a_400(http, raw, path):
+    answer = await http.post(path, content=raw)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+async def test_a_huge_body_is_a_413_whether_or_not_it_says_its_length(make_app):
+    transport = httpx.ASGITransport(make_app(http__max_body_bytes=2000))
+
+    async def chunks():
+        for _ in range(10):
+            yield b"x" * 1000
+
+    async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+        for content in (b"x" * 5000, chunks()):
+            answer = await client.post("/v1/chat/completions", content=content)
+            assert answer.status_code == 413
+            assert "larger than 2000 bytes" in answer.json()["error"]["message"]
+
+
+async def test_paths_and_methods_that_do_not_exist(http):
+    missing = await http.get("/v1/assistants")
+    assert (missing.status_code, missing.json()["error"]["message"]) == (404, "GET /v1/assistants does not exist here; see GET / for what does")
+    assert (await http.get("/v1/chat/completions")).status_code == 405
+
+
+async def test_an_engine_that_fails_is_a_503_before_and_an_error_event_within_a_stream(http, engine):
+    engine.fail_after = 0
+    answer = await chat(http)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+    engine.fail_after = 3
+    text = (await chat(http, stream=True)).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert "told to fail" in events[-1]["error"]["message"]
+    assert text.rstrip().endswith("data: [DONE]")
+
+
+async def test_an_unexpected_fault_shows_no_traceback(http, engine, monkeypatch):
+    monkeypatch.setattr(engine, "generate", lambda request: 1 / 0)
+    answer = await chat(http)
+    assert answer.status_code == 500
+    assert "ZeroDivision" not in answer.text
+
+
+async def test_a_client_that_leaves_cancels_its_row(engine, make_app):
+    engine.token_s = 0.01
+    left = asyncio.Event()
+    body = json.dumps({"messages": [{"role": "user", "content": "vpn customer " * 200}], "stream": True}).encode()
+    sent = []
+
+    async def receive():
+        if not sent:
+            sent.append(1)
+            return {"type": "http.request", "body": body, "more_body": False}
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        if message.get("body"):
+            left.set()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"", "asgi": {"version": "3.0"}}
+    await make_app()(scope | {"raw_path": b"", "scheme": "http", "server": ("desk", 80), "root_path": "", "http_version": "1.1"}, receive, send)
+    assert (engine.active, engine.cancelled) == (0, 1)
+
+
+async def test_route_scores_one_or_many_without_answering(http, engine):
+    one = (await http.post("/v1/route", json={"messages": [{"role": "user", "content": "vpn board"}]})).json()
+    assert one["deskroute"]["persona"] == "leadership"
+    many = (await http.post("/v1/route", json={"inputs": ["vpn board", {"id": "b", "text": "vpn payroll", "profile": {"title": "x"}}]})).json()
+    assert [d["persona"] for d in many["data"]] == ["leadership", "admin"]
+    assert many["data"][1]["id"] == "b"
+    bad = await http.post("/v1/route", json={"inputs": ["ok", {"profile": {}}]})
+    assert bad.json()["error"]["message"] == "inputs.1: give either text or messages"
+
+
+async def test_models_health_ready_metrics(http, engine):
+    models = (await http.get("/v1/models")).json()["data"]
+    assert [m["id"] for m in models] == ["auto", "base", *PERSONAS]
+    assert models[2]["version"] == "7"
+    assert (await http.get("/healthz")).status_code == 200
+    assert (await http.get("/readyz")).json()["pools"]["personas"]["ready"] is True
+    await chat(http)
+    page = (await http.get("/metrics")).text
+    assert 'deskroute_requests_total{decision="persona",endpoint="chat",persona="field",status="200"} 1.0' in page
+    engine.closed = True
+    assert (await http.get("/readyz")).status_code == 503
+
+
+async def test_feedback_is_stored_with_the_text_of_its_request(http, tmp_path):
+    said = (await chat(http, user="u1", metadata={"title": "Driver"})).json()
+    request_id = said["deskroute"]["request_id"]
+    answer = await http.post(
+        "/v1/feedback", json={"request_id": request_id, "rating": "down", "correct_persona": "admin", "better_answer": "Try this"}
+    )
+    assert (answer.status_code, answer.json()["text_stored"]) == (201, True)
+    (rating,) = FeedbackStore(f"sqlite:///{tmp_path / 'f.db'}").ratings()
+    assert (rating.persona, rating.correct_persona, rating.answer) == ("field", "admin", said["choices"][0]["message"]["content"])
+    assert rating.profile == {"title": "Driver"}
+
+
+async def test_a_text_that_nobody_rated_is_nowhere_on_the_disk(http, tmp_path):
+    await chat(http, "vpn customer xyzzyplugh")
+    assert all(b"xyzzyplugh" not in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
+
+
+async def test_bad_feedback(http):
+    missing = await http.post("/v1/feedback", json={"request_id": "nope", "rating": "up"})
+    assert missing.status_code == 404
+    assert "no request 'nope'" in missing.json()["error"]["message"]
+    assert (await http.post("/v1/feedback", json={"request_id": "x", "rating": "great"})).status_code == 400
+    assert (await http.post("/v1/feedback", json={"request_id": "x", "rating": "up", "stars": 5})).json()["error"]["param"] == "stars"
+
+
+async def test_an_api_key_is_asked_for_where_one_is_set(make_app, monkeypatch):
+    monkeypatch.setenv("DESKROUTE_API_KEYS", "s3cret, other")
+    transport = httpx.ASGITransport(make_app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+        assert (await chat(client)).json()["error"]["code"] == "invalid_api_key"
+        assert (await client.get("/v1/models", headers={"authorization": "Bearer wrong"})).status_code == 401
+        assert (await client.get("/v1/models", headers={"authorization": "Bearer other"})).status_code == 200
+        assert (await client.get("/healthz")).status_code == 200
