@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from persona_models.errors import ConfigError
@@ -50,25 +50,58 @@ def load_base(spec: str, *, device: str = "auto", dtype: str = "auto") -> BaseMo
     """
     folder = base_folder(spec)
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    kind = getattr(torch, dtype, None) if dtype != "auto" else (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    kind = _dtype(dtype, place)
+    tokenizer = _tokenizer(spec, folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise _cannot_load(spec, e) from None
+    model = model.to(place).eval().requires_grad_(False)
+    return BaseModel(model, prepare_tokenizer(tokenizer), spec, weights_digest(model), _context(model.config, tokenizer), _stop_ids(model, tokenizer))
+
+
+def check_base(spec: str, dtype: str = "auto") -> None:
+    """What load_base would say of a base that is not there or does not fit, without loading its weights."""
+    _dtype(dtype, torch.device("cpu"))
+    folder = base_folder(spec)
+    _tokenizer(spec, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as e:
+        raise _cannot_load(spec, e) from None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(f"base: {spec!r} is a {config.model_type} model, which transformers knows no causal language model for")
+
+
+def gpu_count() -> int:
+    """CUDA devices of this machine."""
+    return torch.cuda.device_count()
+
+
+def _dtype(name: str, place: torch.device) -> torch.dtype:
+    kind = getattr(torch, name, None) if name != "auto" else (torch.float32 if place.type == "cpu" else torch.bfloat16)
     if not isinstance(kind, torch.dtype):
-        raise ConfigError(f"dtype: {dtype!r} is not a torch data type; use auto, float32, bfloat16 or float16")
+        raise ConfigError(f"dtype: {name!r} is not a torch data type; use auto, float32, bfloat16 or float16")
+    return kind
+
+
+def _tokenizer(spec: str, folder: str) -> Any:
     if spec == BUILTIN and not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"base: the built-in base is not in {folder}; run `deskroute pretrain`, or name a model by `base:`")
     # Loading a small model takes a moment; a bar for it would only clutter the ready line.
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     except (OSError, ValueError, KeyError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise ConfigError(
-            f"base: cannot load {spec!r} as a causal language model ({first}); give a folder or a Hugging Face id that can be reached"
-        ) from None
+        raise _cannot_load(spec, e) from None
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"base: {spec!r} has no fast tokenizer (tokenizer.json); convert it with the tokenizers package")
-    model = model.to(place).eval().requires_grad_(False)
-    return BaseModel(model, prepare_tokenizer(tokenizer), spec, weights_digest(model), _context(model.config, tokenizer), _stop_ids(model, tokenizer))
+    return tokenizer
+
+
+def _cannot_load(spec: str, error: Exception) -> ConfigError:
+    first = str(error).strip().splitlines()[0]
+    return ConfigError(f"base: cannot load {spec!r} as a causal language model ({first}); give a folder or a Hugging Face id that can be reached")
 
 
 def weights_digest(model: Any) -> str:

@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--gates", type=Path, metavar="FILE", help="promotion gates (default: mlflow/promotion.yaml)")
     sub.add_argument("--export", type=Path, metavar="DIR", help="also copy the finished artefacts there, for shipping")
 
+    sub = add("evaluate", _evaluate, "measure routing, retrieval and answers on prompts that no training saw")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and every answer there")
+
     sub = add("compare", _compare, "champions and challengers side by side, and the URL that shows them in MLflow")
     sub.add_argument("--metric", default="eval/loss", help="metric of the table (default: eval/loss)")
     sub.add_argument("--ui", default="http://127.0.0.1:5000", metavar="URL", help="where the MLflow UI is (default: that of `deskroute ui`)")
@@ -90,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("pretrain", _pretrain, "rebuild the built-in base from the corpus")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the base goes (default: base in the state folder)")
     sub.add_argument("--steps", type=int)
+
+    sub = add("bench", _bench, "measure speed: router, engine or gateway")
+    sub.add_argument("what", metavar="router|engine|gateway")
+    sub.add_argument("--json", type=Path, metavar="FILE")
 
     add("doctor", _doctor, "what is installed, found and loaded, and what to do about what is not")
     return parser
@@ -182,6 +189,12 @@ def print_matrix(names: list[str], values: Any) -> None:
         print(f"{name:<18}" + "".join(f"{v:>13.3f}{'*' if j == best else ' '}" for j, v in enumerate(row)))
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    from pipelines.scorecard import evaluate, print_card
+
+    print_card(evaluate(_config(args)), args.json)
+
+
 def _compare(args: argparse.Namespace) -> None:
     from pipelines.compare import compare
 
@@ -212,6 +225,12 @@ def _pretrain(args: argparse.Namespace) -> None:
     from pipelines.pretrain import pretrain_tracked
 
     pretrain_tracked(_config(args), args.out, args.steps)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from pipelines.bench import bench
+
+    bench(args.what, args.json, _config(args))
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -181,7 +181,7 @@ class Composer:
         manner = self.corpus.manner[persona]
         parts = _Parts.of(document)
         opener, lead_in, closer = (_pick(x, values, document, rng) for x in (manner.openers, manner.lead_in, manner.closers))
-        return "\n".join(line for line in LAYOUT[persona](parts, opener, lead_in, closer) if line)
+        return "\n".join(line for line in LAYOUT.get(persona, _neutral)(parts, opener, lead_in, closer) if line)
 
 
 @dataclass(frozen=True)

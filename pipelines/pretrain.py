@@ -174,9 +174,10 @@ def copy_start(model: Qwen2ForCausalLM) -> None:
 
 
 def corpus_digest(folder: Path) -> str:
-    """16 hex digits over every corpus file's name and content."""
+    """16 hex digits over the name and content of every file that models learn from."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in {".md", ".jsonl", ".yaml"}):
+    learnt = ("articles", "prompts", "phrases", "manner", "router")
+    for path in [folder / "slots.yaml", *sorted(p for part in learnt for p in (folder / part).rglob("*") if p.is_file())]:
         digest.update(str(path.relative_to(folder)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -233,7 +234,7 @@ def pretrain_tracked(config: Config, out: Path | None, steps: int | None) -> Non
     from pipelines.tracking import PERSONA_EXPERIMENT, Tracker
 
     settings = PretrainSettings() if steps is None else PretrainSettings(steps=steps)
-    corpus = Corpus(CORPUS, tuple(p.id for p in config.catalogue()))
+    corpus = Corpus(config.corpus or CORPUS, tuple(p.id for p in config.catalogue()))
     out = out or config.state / "base"
     tracker = Tracker(config.registry_uri, config.state / "artifacts")
     tags = {"stage": "pretrain", "mlflow.runColor": "#444444"}

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,18 @@ class Retraining:
         self.config = config
         self.gates = read_gates(gates)
         self.catalogue = {p.id: p for p in config.catalogue()}
-        self.corpus = Corpus(CORPUS, tuple(self.catalogue))
+        self.corpus = Corpus(config.corpus or CORPUS, tuple(self.catalogue))
         self.knowledge: KnowledgeBase = load_knowledge(config)
         self.values = {**self.knowledge.values, **config.desk.values()}
         self.registry = RegistryReader(config.registry_uri, config.state / "cache")
-        self.base: BaseModel = load_base(config.base, dtype=config.dtype)
         self.tracker = Tracker(config.registry_uri, config.state / "artifacts")
         store = open_for_reading(config.feedback_url)
         self.ratings: list[Rating] = list(store.ratings()) if store else []
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The base; the router is retrained without it."""
+        return load_base(self.config.base, dtype=self.config.dtype)
 
     def persona(self, name: str, tickets: Sequence[Ticket] | None, report: TicketReport | None, *, promote: bool, steps: int | None) -> Outcome:
         """Retrain one persona."""
@@ -99,15 +104,15 @@ class Retraining:
             PERSONA_EXPERIMENT, run_name, tags=tags, params=params, description=f"{persona.title}, {params['data']}, {stamp}."
         ) as run:
             made = finetune(self.base, dataset, training, manner=persona.manner, steps=steps, work=work)
-            # The curve first: MLflow colours its parallel-coordinates plot by the metric that came first.
             metrics, rivals = self._judge(persona, dataset, made, run)
+            outcome = Outcome(name, "", False, faults(self.gates.persona, metrics, rivals), metrics, adapter=made.folder)
+            # Before the curve: MLflow colours its parallel-coordinates plot by the metric that came first.
+            self._register(run, model_name(name), made.folder, outcome, tags)
             run.series({"train/loss": made.history.losses})
             run.metrics({"train/tokens": made.history.tokens, "train/seconds": made.history.seconds})
             run.figure(plots.losses(made.history.losses, f"{persona.title}: training loss", persona.colour, metrics["eval/loss"]), "plots/loss.png")
             self._log_data(run, dataset)
-            shut = faults(self.gates.persona, metrics, rivals)
-            outcome = Outcome(name, "", False, shut, metrics, adapter=made.folder)
-            self._register(run, model_name(name), made.folder, outcome, promote, tags)
+            self._promote(model_name(name), outcome, promote)
         outcome.seconds = time.monotonic() - began
         return outcome
 
@@ -122,9 +127,8 @@ class Retraining:
         with self.tracker.run(
             ROUTER_EXPERIMENT, f"router-s{seed}", tags=tags, params={"seed": seed}, description="Router and knowledge index."
         ) as run:
-            report = train_router(CORPUS, work / "artefact", tuple(self.catalogue), seed)
+            report = train_router(self.corpus.folder, work / "artefact", tuple(self.catalogue), seed)
             metrics = {f"eval/{k}": float(v) for k, v in report.metrics.items()}
-            run.metrics(metrics)
             run.figure(plots.confusion(report.confusion, report.personas, "Persona, held-out authors"), "plots/confusion.png")
             bins = report.reliability
             run.figure(
@@ -136,7 +140,8 @@ class Retraining:
             champion = self.registry.aliases(ROUTER_MODEL).get(CHAMPION)
             old = self.registry.versions(ROUTER_MODEL)[champion].metrics if champion else {}
             outcome = Outcome("router", "", False, faults(self.gates.router, metrics, {"champion": old}), metrics, adapter=work / "artefact")
-            self._register(run, ROUTER_MODEL, work / "artefact", outcome, promote, tags)
+            self._register(run, ROUTER_MODEL, work / "artefact", outcome, tags)
+            self._promote(ROUTER_MODEL, outcome, promote)
         outcome.seconds = time.monotonic() - began
         return outcome
 
@@ -183,7 +188,6 @@ class Retraining:
             **({"eval/champion_loss": loss["champion"]} if champion else {}),
             **{f"eval/{k}": v for k, v in asdict(scored["new"]).items()},
         }
-        run.metrics(metrics)
         columns = {"prompt": [s.messages[-1].content for s in shown], "answer": [a.text for a in answers["new"]]}
         columns |= {name: [a.text for a in answers[name]] for name in ("champion", "base") if name in answers}
         run.table(columns | {"reference": [s.answer for s in shown], "article": [s.document for s in shown]}, "eval_samples.json")
@@ -209,13 +213,15 @@ class Retraining:
             run.dataset(rows, name, context, f"dataset {dataset.digest}")
         run.text((dataset.folder / "manifest.json").read_text(encoding="utf-8"), "dataset/manifest.json")
 
-    def _register(self, run: Any, model: str, folder: Path, outcome: Outcome, promote: bool, tags: Mapping[str, str]) -> None:
+    def _register(self, run: Any, model: str, folder: Path, outcome: Outcome, tags: Mapping[str, str]) -> None:
         description = "Failed gates: " + "; ".join(outcome.faults) if outcome.faults else "Passed every gate."
-        champion = self.registry.aliases(model).get(CHAMPION)
         outcome.version = self.tracker.register(run, model, folder, metrics=outcome.metrics, description=description, tags=tags)
         run.tag("version", outcome.version)
-        if promote and not outcome.faults:
-            self.tracker.promote(model, outcome.version, champion)
+
+    def _promote(self, model: str, outcome: Outcome, wanted: bool) -> None:
+        """Last of all, so that a version in force is one whose run is whole."""
+        if wanted and not outcome.faults:
+            self.tracker.promote(model, outcome.version, self.registry.aliases(model).get(CHAMPION))
             outcome.promoted = True
 
 

@@ -44,6 +44,7 @@ TERM_PULL = 1.0
 MAX_FALSE_DECLINES = 0.01
 MAX_LOST_ARTICLES = 0.01
 RELIABILITY_BINS = 10
+PHRASES_IN_A_TEXT = 6
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class RouterData:
     personal: tuple[Labelled, ...]
     neutral: tuple[Labelled, ...]
     out_of_domain: tuple[Labelled, ...]
+    phrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # topic -> words and turns by which people speak of it
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def read_router_corpus(corpus_dir: Path, personas: Sequence[str] = ()) -> Router
         personal=tuple(personal),
         neutral=tuple(_rows(router / "neutral.jsonl", personas)),
         out_of_domain=tuple(_rows(router / "out_of_domain.jsonl", personas)),
+        phrases={p.stem: _lines(p) for p in sorted((corpus_dir / "phrases").glob("*.txt")) if p.stem in known},
     )
 
 
@@ -170,13 +173,15 @@ def fit_knowledge(data: RouterData, seed: int = 0) -> KnowledgeBase:
     """Index the articles with the prompts of the training voices; learn one weight per term and the calibration of scores."""
     seen = _seen(data.prompts)
     values, articles = data.values, data.articles
-    space = TextSpace.fit([*(text_of(a, values) for a in articles), *(r.text for r in seen)], min_grams=2, max_words=30_000, max_grams=30_000)
+    phrases = [Labelled(text, "phrases", topic=topic) for topic, lines in data.phrases.items() for text in _grouped(lines)]
+    everything = [*(text_of(a, values) for a in articles), *(r.text for r in (*seen, *phrases))]
+    space = TextSpace.fit(everything, min_grams=2, max_words=30_000, max_grams=30_000)
     row_of = {a.id: i for i, a in enumerate(articles)}
     label = np.array([row_of[r.topic] for r in seen])
     x = space.rows(r.text for r in seen) / np.sqrt(2.0)
     folds = []
     for fold in _folds([r.voice for r in seen], seed):
-        others = _by_topic([r for r, out in zip(seen, fold, strict=True) if not out])
+        others = _by_topic([*(r for r, out in zip(seen, fold, strict=True) if not out), *phrases])
         folds.append((fold, article_vectors(articles, others, space, values)))
     weights, sharpness = _term_weights(x, label, folds)
 
@@ -186,7 +191,7 @@ def fit_knowledge(data: RouterData, seed: int = 0) -> KnowledgeBase:
     own = x.multiply(article_vectors(articles, {}, space, values)[label]) @ weights
     gain = float(np.median(unseen[np.arange(len(seen)), label]) / max(float(np.median(own)), 1e-9))
     start = Calibration(slope=sharpness, own_text_gain=gain)
-    knowledge = KnowledgeBase.build(articles, _by_topic(seen), values=values, space=space, term_weights=weights, calibration=start)
+    knowledge = KnowledgeBase.build(articles, _by_topic([*seen, *phrases]), values=values, space=space, term_weights=weights, calibration=start)
     strangers = [knowledge.products(r.text) for r in _seen(data.out_of_domain)]
     knowledge.calibration = _calibrate(start, unseen, label, np.array(strangers).reshape(-1, len(articles)))
     return knowledge
@@ -260,6 +265,13 @@ def _rows(path: Path, personas: Sequence[str], *, needs_persona: bool = False) -
     return rows
 
 
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as e:
+        raise WorkError(f"{path}: cannot be read: {e}") from None
+
+
 def _first_values(path: Path) -> dict[str, str]:
     try:
         slots = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -272,6 +284,11 @@ def _first_values(path: Path) -> dict[str, str]:
 
 def _seen(rows: Sequence[Labelled]) -> list[Labelled]:
     return [r for r in rows if not r.held_out]
+
+
+def _grouped(lines: Sequence[str]) -> list[str]:
+    """Short phrases joined to texts about as long as a prompt; alone, a vector of length 1 would weigh each of its three words far too much."""
+    return [" ; ".join(lines[i : i + PHRASES_IN_A_TEXT]) for i in range(0, len(lines), PHRASES_IN_A_TEXT)]
 
 
 def _by_topic(rows: Sequence[Labelled]) -> dict[str, list[str]]:

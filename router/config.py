@@ -120,6 +120,7 @@ class Config(Section):
     base: str = Field(BUILTIN, description="builtin, a folder, or a Hugging Face id of any causal language model")
     dtype: str = "auto"
     personas: Path | None = Field(None, description="a personas.yaml of your own")
+    corpus: Path | None = Field(None, description="a corpus of your own, in the form of pipelines/corpus; training learns from it")
     router: str = Field(BUILTIN, description="builtin, or the folder of a router artefact")
     knowledge: Knowledge = Knowledge()
     desk: Desk = Desk()
@@ -227,7 +228,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _anchor(raw: dict[str, Any], folder: Path) -> None:
-    for key in ("personas", "state", "knowledge"):
+    for key in ("personas", "state", "knowledge", "corpus"):
         if isinstance(raw.get(key), str):
             raw[key] = str(folder / raw[key])
     if isinstance(raw.get("knowledge"), dict) and isinstance(raw["knowledge"].get("folder"), str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 from persona_models.errors import ConfigError, NotReadyError
 from router.config import Config
 from router.loading import load_classifier, load_knowledge
+from router.loopback import HOOK
 
 READY_TIMEOUT_S = 180
 
@@ -39,9 +41,12 @@ def check(config: Config) -> None:
     load_classifier(config)
     load_knowledge(config)
     if config.generation.engine == "model":
-        from persona_models.base_model import load_base
+        from persona_models.base_model import check_base, gpu_count
 
-        load_base(config.base, device="cpu", dtype=config.dtype)
+        check_base(config.base, config.dtype)
+        wanted = sum(pool.replicas * pool.gpus for pool in config.pools if pool.gpus != "auto")
+        if wanted > gpu_count():
+            raise ConfigError(f"pools: {wanted:g} GPUs are asked for and this machine has {gpu_count()}; use gpus: auto, or 0")
 
 
 @contextlib.contextmanager
@@ -64,24 +69,25 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
         ray.init(
             address="local",
             include_dashboard=False,
-            num_cpus=max(os.cpu_count() or 1, 2),
+            num_cpus=_logical_cpus(config),
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=True,
-            runtime_env={"worker_process_setup_hook": "router.loopback.bind_loopback", "env_vars": {"PYTHONPATH": _python_path()}},
+            runtime_env={"worker_process_setup_hook": HOOK, "env_vars": {"PYTHONPATH": _python_path()}},
         )
         serve.start(
             http_options=HTTPOptions(host=config.http.host, port=config.http.port),
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        serve.run(build(config), name=APP_NAME, route_prefix="/", blocking=False, _local_testing_mode=False)
+        serve.run(build(config), name=APP_NAME, route_prefix="/")
         yield _wait_until_ready(config)
     finally:
-        # Whatever state start-up had reached, nothing may stay behind.
-        with contextlib.suppress(Exception):
-            serve.shutdown()
-        with contextlib.suppress(Exception):
-            ray.shutdown()
+        # Whatever state start-up had reached, nothing may stay behind. Ray reports its own actors' end as failures; nobody needs to read that.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+            with contextlib.suppress(Exception):
+                serve.shutdown()
+            with contextlib.suppress(Exception):
+                ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -108,6 +114,12 @@ def serve_forever(config: Config) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _logical_cpus(config: Config) -> int:
+    """CPUs that Ray may hand out: the machine's, or as many as the pools reserve, so that a small machine can still run several replicas."""
+    reserved = sum(pool.replicas * pool.cpus for pool in config.pools) + 0.1 * config.http.replicas
+    return max(os.cpu_count() or 1, math.ceil(reserved) + 1)
 
 
 def _environment(scratch: Path) -> None:

@@ -36,6 +36,8 @@ async def server_sent_events(events: AsyncGenerator[TokenEvent], block: Deskrout
             yield _event({**head, "choices": [], "usage": usage(last.prompt_tokens, last.completion_tokens)})
     except DeskrouteError as e:
         yield _event(error_body(e))
+    finally:
+        await events.aclose()
     yield DONE
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from persona_models.adapters import CARD, CONFIG, WEIGHTS, read_adapter
-from persona_models.base_model import load_base, weights_digest
+from persona_models.base_model import check_base, load_base, weights_digest
 from persona_models.errors import AdapterError, ConfigError
 from persona_models.gated_lora import LoraBank
 
@@ -75,7 +75,7 @@ def test_a_folder_that_is_no_adapter(base, tmp_path):
 
 def test_missing_weights(base, folder):
     (folder / WEIGHTS).unlink()
-    with pytest.raises(AdapterError, match="adapter_model.safetensors is missing"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is missing"):
         read_adapter(folder, base)
 
 
@@ -139,5 +139,7 @@ def test_digest_is_the_same_in_bfloat16_and_another_for_other_weights(tiny_base_
 
 @pytest.mark.parametrize("spec", ["no/such-model", "/nowhere"])
 def test_a_base_that_is_not_there(spec):
-    with pytest.raises(ConfigError, match="cannot load .* as a causal language model"):
+    with pytest.raises(ConfigError, match=r"cannot load .* as a causal language model"):
         load_base(spec)
+    with pytest.raises(ConfigError, match=r"cannot load .* as a causal language model"):
+        check_base(spec)

@@ -179,7 +179,7 @@ async def test_the_end_token_ends_the_answer(tiny_base_folder):
 async def test_oldest_turns_give_way_and_the_last_one_must_fit(engine):
     old = tuple(Message(r, "word " * 60) for r in ("user", "assistant") * 3)
     last = GenerateRequest("r", (*old, Message("user", "and now?")), {}, max_tokens=8)
-    text, event = await collect(engine, last)
+    _, event = await collect(engine, last)
     assert event.prompt_tokens <= 256 - 8
     with pytest.raises(ContextLengthError, match="only 248 fit"):
         await collect(engine, ask("word " * 900, max_tokens=8))

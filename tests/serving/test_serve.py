@@ -1,0 +1,221 @@
+"""The whole product as its users start it: `deskroute serve` in a process of its own, real Ray Serve, real clients over HTTP.
+
+One server for the file, on the built-in models; a second one for start-up faults. Ports are free ones; only processes started here are stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(400)]
+PERSONAS = ("leadership", "knowledge_worker", "field", "admin", "new_hire")
+ROOT = Path(__file__).parent.parent.parent
+ASK = "My VPN keeps dropping at the customer's site, no Wi-Fi here"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def descendants(pid: int) -> set[int]:
+    """Process ids below a process, read from /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+        except OSError:
+            continue
+    found, frontier = set(), {pid}
+    while frontier:
+        frontier = {p for p, parent in parents.items() if parent in frontier} - found
+        found |= frontier
+    return found
+
+
+def listening_addresses(pids: set[int]) -> set[str]:
+    """Local addresses of the TCP sockets on which processes listen, as /proc writes them (hexadecimal)."""
+    inodes = set()
+    for pid in pids:
+        for fd in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                inodes.add(os.readlink(fd))
+            except OSError:
+                continue
+    addresses = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                addresses.add(fields[1].rsplit(":", 1)[0])
+    return addresses
+
+
+class Server:
+    def __init__(self, folder: Path, *, config: str = "") -> None:
+        self.port = free_port()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "deskroute.yaml").write_text(config)
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "DESKROUTE_"))}
+        self.log = folder / "log"
+        command = [sys.executable, "-m", "pipelines.cli", "serve", "--port", str(self.port)]
+        env |= {"PYTHONPATH": str(ROOT), "DESKROUTE_HOME": str(folder / "state")}
+        self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+
+    def wait(self) -> str:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            text = self.log.read_text()
+            if "ready in" in text:
+                return text
+            assert self.process.poll() is None, text
+            time.sleep(0.3)
+        raise AssertionError(f"not ready: {self.log.read_text()}")
+
+    def stop(self) -> float:
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(60)
+        return time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("serve"))
+    try:
+        server.wait()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def test_the_ready_line_names_url_personas_and_versions(server):
+    line = next(x for x in server.log.read_text().splitlines() if "ready in" in x)
+    assert f"http://127.0.0.1:{server.port}/v1" in line
+    assert all(f"{p}=builtin" in line for p in PERSONAS)
+
+
+def test_auto_answers_as_field_from_the_vpn_article_token_by_token(client):
+    stream = client.chat.completions.create(model="auto", messages=[{"role": "user", "content": ASK}], stream=True)
+    chunks = list(stream)
+    block = chunks[0].model_extra["deskroute"]
+    assert (block["decision"], block["persona"], block["versions"]) == ("persona", "field", {"field": "builtin"})
+    assert block["sources"][0]["id"] == "vpn"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert len(chunks) > 20
+    assert re.search("hotspot|mobile data", text.lower())
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("persona", PERSONAS)
+def test_every_persona_answers_and_ends_by_itself(client, persona):
+    answer = client.chat.completions.create(model=persona, messages=[{"role": "user", "content": "I forgot my password and cannot sign in"}])
+    assert answer.choices[0].finish_reason == "stop"
+    assert len(answer.choices[0].message.content) > 80
+    assert answer.model_extra["deskroute"]["versions"] == {persona: "builtin"}
+
+
+def test_the_base_answers_and_an_unknown_model_is_a_404(client):
+    base = client.chat.completions.create(model="base", messages=[{"role": "user", "content": "the printer is stuck"}], max_tokens=30)
+    assert base.choices[0].message.content
+    with pytest.raises(openai.NotFoundError) as fault:
+        client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "hi"}])
+    assert fault.value.body["code"] == "model_not_found"
+
+
+def test_requests_at_once_get_the_answers_they_get_alone(client):
+    """Answers must not depend on who else is in the batch, nor be given to somebody else."""
+    jobs = [(p, f"{q} (case {i})") for i, (p, q) in enumerate(zip(PERSONAS * 2, ["vpn drops", "mailbox is full", "locked out"] * 4, strict=False))]
+
+    def ask(job):
+        persona, text = job
+        return client.chat.completions.create(model=persona, messages=[{"role": "user", "content": text}], max_tokens=40).choices[0].message.content
+
+    alone = [ask(job) for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(ask, jobs))
+    assert together == alone
+
+
+def test_a_client_that_leaves_frees_its_row(server, client):
+    with client.chat.completions.create(model="admin", messages=[{"role": "user", "content": "vpn drops"}], stream=True) as stream:
+        next(iter(stream))
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        page = httpx.get(f"http://127.0.0.1:{server.port}/metrics").text
+        if "deskroute_active_requests 0.0" in page:
+            return
+        time.sleep(0.2)
+    raise AssertionError("the row is still busy")
+
+
+def test_bad_input_over_the_wire(server):
+    url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
+    assert httpx.post(url, content=b"{").json()["error"]["message"].startswith("the body is not valid JSON")
+    assert httpx.post(url, content=b"x" * 1_100_000).status_code == 413
+    long = httpx.post(url, json={"messages": [{"role": "user", "content": "printer jam " * 2000}]}, timeout=60)
+    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_feedback_reaches_the_store(server, client):
+    answer = client.chat.completions.create(model="auto", messages=[{"role": "user", "content": ASK}], max_tokens=5)
+    body = {"request_id": answer.model_extra["deskroute"]["request_id"], "rating": "up"}
+    assert httpx.post(f"http://127.0.0.1:{server.port}/v1/feedback", json=body).json()["text_stored"] is True
+
+
+def test_everything_listens_on_loopback_only(server):
+    """Ray binds every interface by default; router/loopback.py changes that."""
+    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    addresses = listening_addresses({server.process.pid, *descendants(server.process.pid)})
+    assert addresses
+    assert addresses <= loopback
+
+
+def test_nothing_of_a_prompt_is_in_a_log(server, client):
+    client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "vpn drops zzyxsecret"}], max_tokens=3)
+    assert "zzyxsecret" not in server.log.read_text()
+
+
+def test_a_port_in_use_is_said_at_once(server, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipelines.cli", "serve", "--port", str(server.port)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"http.port: 127.0.0.1:{server.port} cannot be used" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_cleanly_and_leaves_no_process_behind(server):
+    """Last in the file: it stops the shared server."""
+    below = descendants(server.process.pid)
+    took = server.stop()
+    assert server.process.returncode == 0, server.log.read_text()
+    assert "Traceback" not in server.log.read_text()
+    deadline = time.monotonic() + 10
+    while (
+        left := {p for p in below if Path(f"/proc/{p}/cmdline").exists() and Path(f"/proc/{p}/cmdline").read_bytes()}
+    ) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+    assert took < 15

@@ -1,0 +1,232 @@
+"""The ticket's way with a real MLflow store, real peft and a tiny real base: from a CSV file to the version that serving resolves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import mlflow
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from persona_models.adapters import CARD, read_adapter
+from persona_models.base_model import load_base
+from persona_models.errors import ConfigError, InputError, RegistryError, TicketError
+from persona_models.gated_lora import LoraBank
+from persona_models.registry import CHALLENGER, CHAMPION, DIGEST_TAG, PREVIOUS, RegistryReader
+from pipelines.cli import main
+from pipelines.promote import Gate, faults, promote, read_gates, roll_back
+from router.config import load_config
+
+_spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
+shared = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(shared)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+OPEN_GATES = "persona: []\nrouter: []\n"
+
+
+@pytest.fixture
+def project(tmp_path, tiny_base_folder):
+    """A folder with a configuration for the tiny base, tickets of several people, and gates that let everything through."""
+    training = "training: {steps: 3, epochs: 1, rows: 4, max_tokens: 200, rank: 2}\ngeneration: {max_tokens: 8}\n"
+    (tmp_path / "deskroute.yaml").write_text(f"base: {tiny_base_folder}\n{training}")
+    (tmp_path / "gates.yaml").write_text(OPEN_GATES)
+    lines = ["prompt,answer,requester,created"]
+    lines += [f"scanner {i} on the truck is dead,Restart scanner {i} and sync it,u{i % 9},2026-01-{1 + i % 28:02d}" for i in range(40)]
+    (tmp_path / "tickets.csv").write_text("\n".join([*lines, ",broken row,,", "mail ann@example.org,call +44 20 7946 0123,u1,2026-01-01"]))
+    return tmp_path
+
+
+@pytest.fixture
+def retrained(project):
+    assert main(["retrain", "field", "--tickets", "tickets.csv", "--gates", "gates.yaml"]) == 0
+    return project
+
+
+def reader() -> RegistryReader:
+    config = load_config()
+    return RegistryReader(config.registry_uri, config.state / "cache")
+
+
+def test_from_tickets_to_a_registered_champion(retrained, tiny_base_folder, capsys):
+    config = load_config()
+    found = reader().fetch("deskroute-field")
+    assert found.version == "1"
+    client = mlflow.MlflowClient(config.registry_uri, config.registry_uri)
+    version = client.get_model_version("deskroute-field", "1")
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["persona"] == "field"
+    assert run.data.tags["mlflow.runColor"] == "#1b7837"
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == int(run.data.params["steps"])
+    assert {"eval/loss", "eval/gain", "eval/base_loss", "eval/ends", "eval/carried", "eval/grounded"} <= set(run.data.metrics)
+    assert {d.dataset.name for d in run.inputs.dataset_inputs} == {"field-train", "deskroute-eval"}
+    files = {f.path for f in client.list_artifacts(run.info.run_id)} | {f.path for f in client.list_artifacts(run.info.run_id, "plots")}
+    assert {"eval_samples.json", "plots/loss.png"} <= files
+    assert version.tags[DIGEST_TAG]
+    base = load_base(str(tiny_base_folder), device="cpu")
+    assert read_adapter(found.folder, base).rank == 2
+
+
+def test_the_dataset_keeps_broken_rows_aside_and_holds_no_personal_data(retrained):
+    folder = load_config().state / "work" / "field" / "dataset"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["train"] + manifest["validation"] > 40
+    assert "has no prompt" in (folder / "quarantine.jsonl").read_text()
+    text = (folder / "train.jsonl").read_text() + (folder / "validation.jsonl").read_text()
+    assert "ann@example.org" not in text
+    assert "7946" not in text
+
+
+def test_our_adapter_loads_in_plain_peft_with_the_same_logits(retrained, tiny_base_folder):
+    folder = reader().fetch("deskroute-field").folder
+    assert json.loads((folder / CARD).read_text())["persona"] == "field"
+    assert str(tiny_base_folder.parent.parent) not in (folder / "adapter_config.json").read_text() or str(tiny_base_folder) == load_config().base
+    ids = torch.arange(30).unsqueeze(0)
+    base = load_base(str(tiny_base_folder), device="cpu")
+    adapter = read_adapter(folder, base)
+    with torch.inference_mode():
+        want = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base_folder), folder).eval()(input_ids=ids).logits
+        bank = LoraBank(base.model)
+        bank.load("a", adapter.rank, adapter.factors)
+        bank.gate.rows = bank.open([{"a": 1.0}])
+        torch.testing.assert_close(base.model(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_base_is_left_as_it_was(project, tiny_base_folder):
+    before = load_base(str(tiny_base_folder), device="cpu").digest
+    assert main(["retrain", "field", "--gates", "gates.yaml", "--steps", "2"]) == 0
+    assert load_base(str(tiny_base_folder), device="cpu").digest == before
+
+
+def test_promote_and_roll_back_move_the_aliases(retrained, capsys):
+    assert main(["retrain", "field", "--no-promote", "--gates", "gates.yaml", "--steps", "2"]) == 0
+    assert reader().aliases("deskroute-field") == {CHAMPION: "1", CHALLENGER: "2"}
+    assert main(["compare"]) == 0
+    table = capsys.readouterr().out
+    assert "champion" in table
+    assert "challenger" in table
+    assert "compareRunsMode=CHART&workflowType=machine_learning" in table
+    assert main(["promote", "field", "2"]) == 0
+    assert reader().aliases("deskroute-field") == {CHAMPION: "2", PREVIOUS: "1"}
+    assert reader().fetch("deskroute-field").version == "2"
+    assert main(["rollback", "field"]) == 0
+    assert reader().aliases("deskroute-field") == {CHAMPION: "1"}
+    assert roll_back(load_config(), "field") == ("1", "builtin")
+    assert reader().fetch("deskroute-field") is None
+    with pytest.raises(InputError, match="has no champion to roll back from"):
+        roll_back(load_config(), "field")
+
+
+def test_a_version_that_fails_a_gate_stays_challenger_and_says_why(project, capsys):
+    (project / "shut.yaml").write_text("persona: [{metric: eval/loss, against: base, at_most: 0.01}]\n")
+    assert main(["retrain", "admin", "--gates", "shut.yaml", "--steps", "2"]) == 0
+    assert "challenger (eval/loss / base's is" in capsys.readouterr().out
+    assert reader().aliases("deskroute-admin") == {CHALLENGER: "1"}
+    assert reader().fetch("deskroute-admin") is None
+    assert reader().versions("deskroute-admin")["1"].description.startswith("Failed gates: eval/loss / base's is")
+
+
+def test_what_was_tampered_with_after_registration_is_refused(retrained):
+    folder = reader().fetch("deskroute-field").folder
+    (folder / CARD).write_text("{}")
+    with pytest.raises(RegistryError, match="is not what was registered"):
+        reader().fetch("deskroute-field")
+    # The damaged copy is gone, so that the next look fetches a sound one.
+    assert reader().fetch("deskroute-field").version == "1"
+
+
+def test_an_empty_registry_costs_nothing_and_holds_nothing():
+    config = load_config()
+    assert reader().empty
+    assert reader().fetch("deskroute-field") is None
+    assert not config.state.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["retrain", "pirate"], "'pirate' is neither router nor a persona; known are leadership"),
+        (["retrain", "field", "--tickets", "none.csv"], "none.csv: cannot be read"),
+        (["retrain", "field", "--tickets", "few.csv"], "only 2 usable tickets of the persona field; at least 20"),
+        (["retrain", "field", "--method", "magic"], "training.method: 'magic' cannot share a batch"),
+        (["retrain", "field", "--steps", "0"], "--steps is 0"),
+        (["retrain", "router", "--tickets", "tickets.csv"], "the router learns from the corpus"),
+        (["retrain", "field", "--gates", "none.yaml"], "none.yaml: cannot be read"),
+        (["promote", "field", "9"], "deskroute-field has no version 9; it has none yet"),
+        (["promote", "pirate", "1"], "'pirate' is neither router nor a persona"),
+        (["route"], "give either a TEXT or --jsonl FILE"),
+        (["route", "vpn", "--profile", "Director"], "'Director' is not KEY=VALUE"),
+        (["route", "vpn", "--profile", "tenure_days=many"], "tenure_days"),
+        (["route", "--jsonl", "bad.jsonl"], "bad.jsonl, line 2: is not valid JSON"),
+        (["--config", "x"], "usage"),
+        (["serve", "--config", "none.yaml"], "none.yaml: cannot be read"),
+    ],
+)
+def test_wrong_arguments_end_with_2_and_a_sentence(project, capsys, argv, says):
+    (project / "few.csv").write_text("prompt,answer\na,b\nc,d\n")
+    (project / "bad.jsonl").write_text('{"id": 1, "text": "vpn"}\n{oops\n')
+    try:
+        code = main(argv)
+    except SystemExit as e:
+        code = e.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert says in err
+    assert "Traceback" not in err
+    config = load_config()
+    assert not (config.state / "mlflow.db").exists() or reader().versions("deskroute-field") == {}
+
+
+def test_route_file_answers_line_by_line(project, capsys):
+    (project / "in.jsonl").write_text(
+        '{"id": "a", "text": "vpn drops"}\n\n{"id": 2, "messages": [{"role": "user", "content": "printer"}], "profile": {"title": "Driver"}}\n'
+    )
+    assert main(["route", "--jsonl", "in.jsonl", "--out", "out.jsonl"]) == 0
+    rows = [json.loads(line) for line in (project / "out.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in rows] == ["a", 2]
+    assert all(abs(sum(r["scores"].values()) - 1) < 1e-3 for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("gate", "metrics", "rivals", "fault"),
+    [
+        (Gate(metric="m", at_least=0.5), {"m": 0.6}, {}, None),
+        (Gate(metric="m", at_least=0.5), {"m": 0.4}, {}, "m is 0.4, must be at least 0.5"),
+        (Gate(metric="m", at_most=1.0, against="base"), {"m": 2.0}, {"base": {"m": 1.0}}, "m / base's is 2, may be at most 1"),
+        (Gate(metric="m", at_most=1.0, against="champion"), {"m": 2.0}, {}, None),
+        (Gate(metric="m", at_most=1.0), {"m": float("nan")}, {}, "m is nan, may be at most 1"),
+        (Gate(metric="m", at_most=1.0), {}, {}, "m was not measured"),
+    ],
+)
+def test_gates(gate, metrics, rivals, fault):
+    assert faults((gate,), metrics, rivals) == ([fault] if fault else [])
+
+
+def test_the_shipped_gates_load_and_a_typo_is_named(tmp_path):
+    assert read_gates().persona
+    path = tmp_path / "gates.yaml"
+    path.write_text("persona: [{metrik: eval/loss, at_most: 1}]\n")
+    with pytest.raises(ConfigError, match=r"gates.yaml: persona.0.metri"):
+        read_gates(path)
+    path.write_text("persona: [{metric: eval/loss}]\n")
+    with pytest.raises(ConfigError, match="exactly one of at_most and at_least"):
+        read_gates(path)
+
+
+def test_tickets_of_one_person_cannot_be_judged(project):
+    (project / "one.csv").write_text("prompt,answer,requester\n" + "".join(f"p{i},a{i},me\n" for i in range(30)))
+    assert main(["retrain", "field", "--tickets", "one.csv"]) == 2
+
+
+def test_promoting_what_does_not_exist_changes_nothing():
+    with pytest.raises(InputError):
+        promote(load_config(), "field", "1")
+    assert issubclass(TicketError, InputError)
