@@ -108,6 +108,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         "use_dora": (False, None),
         "modules_to_save": (None, []),
         "lora_bias": (False, None),
+        "alora_invocation_tokens": (None, []),
+        # Other ways to begin (pissa, olora, corda ...) change the base as well.
+        "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     }
     for key, harmless in outside.items():
         if config.get(key, harmless[0]) not in harmless:

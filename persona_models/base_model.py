@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -53,8 +54,8 @@ def load_base(spec: str, *, device: str = "auto", dtype: str = "auto") -> BaseMo
     kind = _dtype(dtype, place)
     tokenizer = _tokenizer(spec, folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise _cannot_load(spec, e) from None
     model = model.to(place).eval().requires_grad_(False)
     return BaseModel(model, prepare_tokenizer(tokenizer), spec, weights_digest(model), _context(model.config, tokenizer), _stop_ids(model, tokenizer))

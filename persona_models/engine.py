@@ -21,10 +21,13 @@ from transformers import DynamicCache
 
 from persona_models.adapters import Adapter
 from persona_models.base_model import BaseModel
-from persona_models.errors import DeskrouteError, NotReadyError, QueueFullError, UnknownModelError, WorkError
+from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
 from persona_models.gated_lora import LoraBank
 from persona_models.prompt import fit_prompt
 from persona_models.protocol import EngineStatus, FinishReason, GenerateRequest, TokenEvent
+
+# Below this temperature sampling is greedy: dividing by less would overflow.
+COLDEST = 1e-3
 
 
 @dataclass
@@ -58,7 +61,7 @@ class PersonaEngine:
         self._uses: dict[str, int] = {}  # slot -> rows that still need it
         self._loads = 0
         self._waiting: deque[_Row] = deque()
-        self._work: deque[Callable[[], None]] = deque()
+        self._work: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._rows: list[_Row] = []
         self._batch = _Batch(base)
         self._wake = threading.Condition()
@@ -76,20 +79,16 @@ class PersonaEngine:
         def load() -> None:
             self._loads += 1
             slot = f"{persona}#{self._loads}"
-            try:
-                self._bank.load(slot, adapter.rank, adapter.factors)
-                old = self._slot_of.get(persona)
-                self._slot_of[persona], self._versions[persona], self._uses[slot] = slot, version, 0
-                if old:
-                    self._release(old)
-                self._reopen()
-                done.set_result(None)
-            except Exception as e:
-                done.set_exception(e)
+            self._bank.load(slot, adapter.rank, adapter.factors)
+            old = self._slot_of.get(persona)
+            self._slot_of[persona], self._versions[persona], self._uses[slot] = slot, version, 0
+            if old:
+                self._release(old)
+            self._reopen()
 
         with self._wake:
             self._refuse_if_closed()
-            self._work.append(load)
+            self._work.append((load, done))
             self._wake.notify()
         done.result()
 
@@ -119,7 +118,8 @@ class PersonaEngine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        row = self._row(request, emit)
+        # Tokenising a long conversation takes a while, and other answers stream on this loop.
+        row = await loop.run_in_executor(None, self._row, request, emit)
         with self._wake:
             self._refuse_if_closed()
             if len(self._waiting) >= self.max_queue:
@@ -164,7 +164,7 @@ class PersonaEngine:
             room_tokens=self.base.context_tokens - most,
         )
         row = _Row(request, prompt, min(request.max_tokens, self.base.context_tokens - len(prompt)), emit)
-        if request.temperature > 0:
+        if request.temperature >= COLDEST:
             row.random = torch.Generator(device=self.base.device)
             row.random.manual_seed(request.seed) if request.seed is not None else row.random.seed()
         return row
@@ -176,7 +176,7 @@ class PersonaEngine:
             with torch.inference_mode():
                 while self._wait():
                     while self._work:
-                        self._work.popleft()()
+                        self._do(*self._work.popleft())
                     self._drop([r for r in self._rows if r.cancelled])
                     if self._waiting and len(self._rows) < self.max_rows:
                         self._admit(self._waiting.popleft())
@@ -185,10 +185,24 @@ class PersonaEngine:
         except Exception as e:  # a fault of the model ends every row with an error, never silently
             self._broken = f"the model stopped: {type(e).__name__}: {e}"
         gone = WorkError(self._broken) if self._broken else NotReadyError("the engine is shutting down; try again shortly")
-        for row in [*self._rows, *self._waiting]:
-            row.emit(gone)
-        self._rows.clear()
-        self._waiting.clear()
+        with self._wake:
+            # Under the lock: whoever comes later is refused, and nobody is left waiting for an event that never comes.
+            self._closing = True
+            for row in [*self._rows, *self._waiting]:
+                row.emit(gone)
+            for _, done in self._work:
+                done.set_exception(gone)
+            self._rows.clear()
+            self._waiting.clear()
+            self._work.clear()
+
+    @staticmethod
+    def _do(work: Callable[[], None], done: Future[None]) -> None:
+        try:
+            work()
+            done.set_result(None)
+        except Exception as e:
+            done.set_exception(e)
 
     def _wait(self) -> bool:
         with self._wake:
@@ -206,20 +220,30 @@ class PersonaEngine:
         self._bank.gate.rows = self._bank.open([row.gate])
         try:
             logits = self._batch.prefill(row.prompt)
-        except DeskrouteError as e:
-            row.emit(e)
+        except Exception as e:
+            for slot in row.gate:
+                self._uses[slot] -= 1
+            row.emit(WorkError(f"the model failed on this prompt: {type(e).__name__}: {e}"))
             self._reopen()
             return
         self._rows.append(row)
         self._reopen()
-        self._take(row, logits[0])
+        self._take_safely(row, logits[0])
         self._drop([r for r in [row] if r.cancelled])
 
     def _step(self) -> None:
         logits = self._batch.step([r.tokens[-1] for r in self._rows])
         for i, row in enumerate(self._rows):
-            self._take(row, logits[i])
+            self._take_safely(row, logits[i])
         self._drop([r for r in self._rows if r.cancelled])
+
+    def _take_safely(self, row: _Row, logits: Tensor) -> None:
+        """A fault of one row ends that row, not the batch."""
+        try:
+            self._take(row, logits)
+        except Exception as e:
+            row.emit(WorkError(f"sampling failed: {type(e).__name__}: {e}"))
+            row.cancelled = True
 
     def _take(self, row: _Row, logits: Tensor) -> None:
         """Sample a row's next token from logits (V,), send what it adds to the text, and mark the row as done where it ends."""

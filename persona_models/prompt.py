@@ -76,26 +76,40 @@ def fit_prompt(
 
     Returns (ids, messages kept). Raises ContextLengthError when the last turn alone does not fit.
     """
-    kept = list(messages)
-    while True:
-        ids = encode_prompt(tokenizer, kept, document=document, manner=manner)
-        if len(ids) <= room_tokens:
-            return ids, tuple(kept)
-        past = [i for i, m in enumerate(kept[:-1]) if m.role != "system"]
-        if not past:
-            raise ContextLengthError(
-                f"the prompt is {len(ids)} tokens long and only {room_tokens} fit beside the answer; shorten the message, or ask for fewer max_tokens",
-                param="messages",
-            )
-        # Leave out a question together with its answer, so that the conversation still begins with the user.
-        del kept[past[0]]
-        while kept[:-1] and kept[past[0]].role == "assistant":
-            del kept[past[0]]
+    # A conversation may begin at any user turn; leaving out more never makes it longer, so bisect.
+    system = [m for m in messages if m.role == "system"]
+    turns = [m for m in messages if m.role != "system"]
+    starts = [0, *(i for i, m in enumerate(turns) if i and m.role == "user")]
+
+    def attempt(start: int) -> tuple[list[int], tuple[Message, ...]]:
+        kept = (*system, *turns[start:])
+        return encode_prompt(tokenizer, kept, document=document, manner=manner), kept
+
+    best = attempt(starts[0])
+    if len(best[0]) <= room_tokens:
+        return best
+    low, high = 0, len(starts) - 1
+    best = attempt(starts[high])
+    if len(best[0]) > room_tokens:
+        raise ContextLengthError(
+            f"the prompt is {len(best[0])} tokens long and only {room_tokens} fit beside the answer; shorten the message, or ask for fewer max_tokens",
+            param="messages",
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = attempt(starts[middle])
+        if len(found[0]) <= room_tokens:
+            high, best = middle, found
+        else:
+            low = middle
+    return best
 
 
 def _laid_out(tokenizer: Any, messages: Sequence[Message], document: str | None, manner: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
     turns = [{"role": m.role, "content": m.content} for m in messages]
     if "documents" in tokenizer.chat_template:
+        if manner and tokenizer.chat_template != BUILTIN_TEMPLATE:
+            turns.insert(0, {"role": "system", "content": manner})
         return turns, {"documents": [{"title": "", "text": document}] if document else None}
     knowledge = WITH_ARTICLE.format(document=document) if document else WITHOUT_ARTICLE
     asked = [t["content"] for t in turns if t["role"] == "system"]

@@ -147,11 +147,14 @@ class RegistryReader:
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
                 uri = self._open().get_model_version_download_uri(model, version)
                 got = Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch, tracking_uri=self.uri))
-                ready = folder.parent / f"{folder.name}.partial"
-                shutil.rmtree(ready, ignore_errors=True)
-                shutil.copytree(got, ready, ignore=shutil.ignore_patterns("MLmodel"))
-                if not folder.exists():
+                # In a folder of this process alone: several replicas start at once, and the first to finish wins.
+                ready = Path(scratch) / "ready"
+                shutil.copytree(got, ready, ignore=shutil.ignore_patterns("MLmodel", "ready"))
+                try:
                     ready.rename(folder)
+                except OSError:
+                    if not folder.is_dir():
+                        raise
         except Exception as e:
             raise RegistryError(f"{model} version {version} cannot be fetched from {self.uri}: {_first_line(e)}") from None
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from persona_models.errors import DeskrouteError, InputError
 
 Command = Callable[[argparse.Namespace], None]
@@ -27,13 +29,21 @@ def main(argv: list[str] | None = None) -> int:
     except DeskrouteError as e:
         print(f"deskroute: {e.message}", file=sys.stderr)
         return e.exit_code
-    except KeyboardInterrupt:
-        print("deskroute: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+    except ValidationError as e:
+        from router.schema import first_fault
+
+        print(f"deskroute: {first_fault(e.errors()).message}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # The reader of our output, `head` for example, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        print(f"deskroute: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("deskroute: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -145,13 +155,16 @@ def _ask(args: argparse.Namespace) -> None:
 
 
 def _retrain(args: argparse.Namespace) -> None:
-    from pipelines.promote import read_gates, registered_model
+    from pipelines.dataset import tickets_of
+    from pipelines.promote import check_export, read_gates, registered_model
     from pipelines.tickets import read_tickets
 
     config = _config(args, training__method=args.method, training__seed=args.seed)
     names = [p.id for p in config.catalogue()]
     if args.what != "all":
         registered_model(config, args.what)
+    if args.export:
+        check_export(args.export, names)
     if args.steps is not None and args.steps < 1:
         raise InputError(f"--steps is {args.steps}; it must be at least 1")
     if args.what == "router" and args.tickets:
@@ -161,6 +174,8 @@ def _retrain(args: argparse.Namespace) -> None:
     if args.tickets:
         tickets, report = read_tickets(args.tickets, names, encoding=args.encoding)
         print(f"{args.tickets}: {report}", file=sys.stderr)
+        for name in names if args.what == "all" else [args.what]:
+            tickets_of(tickets, name)
     from pipelines.retrain import Retraining, export
 
     work = Retraining(config, gates=args.gates)
@@ -192,6 +207,8 @@ def print_matrix(names: list[str], values: Any) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from pipelines.scorecard import evaluate, print_card
 
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise InputError(f"--json: the folder of {args.json} does not exist")
     print_card(evaluate(_config(args)), args.json)
 
 
@@ -224,6 +241,8 @@ def _ui(args: argparse.Namespace) -> None:
 def _pretrain(args: argparse.Namespace) -> None:
     from pipelines.pretrain import pretrain_tracked
 
+    if args.steps is not None and args.steps < 1:
+        raise InputError(f"--steps is {args.steps}; it must be at least 1")
     pretrain_tracked(_config(args), args.out, args.steps)
 
 

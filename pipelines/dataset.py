@@ -79,22 +79,38 @@ def feedback_samples(ratings: Sequence[Rating], persona: str, knowledge: Knowled
 
 
 def split_tickets(tickets: Sequence[Ticket], share: float = VALIDATION_SHARE) -> tuple[list[Ticket], list[Ticket]]:
-    """(train, validation): the newest share is held out, and nobody is on both sides.
+    """(train, validation): whole requesters are held out, those whose newest ticket is newest first, until the share is reached.
 
-    A requester whose tickets lie on both sides of the cut goes to the side where most of theirs are; tickets without a time come first, in file order,
-    and a ticket without a requester stands for itself. The same prompt is never on both sides.
+    Nobody is on both sides, and neither is a prompt; a ticket without a requester stands for itself, one without a time is the oldest. Both sides have
+    somebody where there are two requesters at all.
     """
-    order = sorted(range(len(tickets)), key=lambda i: (tickets[i].created or datetime.min.replace(tzinfo=UTC), i))
-    late = set(order[len(order) - max(1, round(share * len(order))) :])
-    group = [t.requester or f"#{' '.join(t.prompt.lower().split())}" for t in tickets]
-    votes: dict[str, list[int]] = {}
-    for i, name in enumerate(group):
-        votes.setdefault(name, []).append(1 if i in late else -1)
-    held = {name for name, v in votes.items() if sum(v) > 0}
-    train = [t for t, g in zip(tickets, group, strict=True) if g not in held]
-    seen = {" ".join(t.prompt.lower().split()) for t in train}
-    validation = [t for t, g in zip(tickets, group, strict=True) if g in held and " ".join(t.prompt.lower().split()) not in seen]
-    return train, validation
+    groups: dict[str, list[int]] = {}
+    for i, ticket in enumerate(tickets):
+        groups.setdefault(ticket.requester or f"#{_plain(ticket.prompt)}", []).append(i)
+    oldest = datetime.min.replace(tzinfo=UTC)
+    newest = {name: max((tickets[i].created or oldest, i) for i in rows) for name, rows in groups.items()}
+    held: set[int] = set()
+    for name in sorted(groups, key=lambda n: newest[n], reverse=True)[: len(groups) - 1]:
+        # A requester who would overshoot by much is left in training, unless nobody is held out yet.
+        if not held or len(held) + len(groups[name]) <= 1.5 * share * len(tickets):
+            held.update(groups[name])
+        if len(held) >= share * len(tickets):
+            break
+    train = [t for i, t in enumerate(tickets) if i not in held]
+    seen = {_plain(t.prompt) for t in train}
+    return train, [t for i, t in enumerate(tickets) if i in held and _plain(t.prompt) not in seen]
+
+
+def tickets_of(tickets: Sequence[Ticket], persona: str) -> list[Ticket]:
+    """The tickets of a persona and those that name none. Raises TicketError where they are too few."""
+    own = [t for t in tickets if t.persona in (None, persona)]
+    if len(own) < MIN_TICKETS:
+        raise TicketError(f"only {len(own)} usable tickets of the persona {persona}; at least {MIN_TICKETS} are needed, 200 and more are worth it")
+    return own
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def build_dataset(
@@ -130,7 +146,9 @@ def build_dataset(
             )
         early, late = split_tickets(own)
         if not early or not late:
-            raise TicketError("all tickets come from one requester, so none can be held out to judge by; export tickets of several people")
+            raise TicketError(
+                "no ticket can be held out to judge by: all come from one requester, or all ask the same; export tickets of several people"
+            )
         train += ticket_samples(early, persona, knowledge, values)
         train += corpus_samples(corpus, persona, len(train), seed=seed, held_out=False)
         validation = ticket_samples(late, persona, knowledge, values)
@@ -152,11 +170,24 @@ def _document(prompt: str, persona: str, knowledge: KnowledgeBase, values: Mappi
     return match.article.render(persona, values=values) if match else handover_document(values)
 
 
+def _redacted(row: Any) -> Any:
+    """Text anywhere in a quarantined row without personal data."""
+    if isinstance(row, str):
+        return redact(row)
+    if isinstance(row, dict):
+        return {k: _redacted(v) for k, v in row.items()}
+    return [_redacted(v) for v in row] if isinstance(row, list) else row
+
+
 def _write(out: Path, train: Sequence[Sample], validation: Sequence[Sample], quarantine: Sequence[Any], facts: Mapping[str, Any]) -> str:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    files = {"train.jsonl": [asdict(s) for s in train], "validation.jsonl": [asdict(s) for s in validation], "quarantine.jsonl": quarantine}
+    files = {
+        "train.jsonl": [asdict(s) for s in train],
+        "validation.jsonl": [asdict(s) for s in validation],
+        "quarantine.jsonl": [_redacted(q) for q in quarantine],
+    }
     digests = {}
     for name, rows in files.items():
         data = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from persona_models.adapters import Adapter, read_adapter
 from persona_models.base_model import BaseModel
 from persona_models.engine import PersonaEngine
+from persona_models.errors import ContextLengthError
 from persona_models.gated_lora import LoraBank
 from persona_models.protocol import GenerateRequest
 from pipelines.dataset import Sample
@@ -114,8 +115,13 @@ async def _generate(
 
     async def one(i: int, sample: Sample) -> Answer:
         request = GenerateRequest(str(i), sample.messages, gate, sample.document, max_tokens)
-        events = [event async for event in engine.generate(request)]
-        bar.update()
+        try:
+            events = [event async for event in engine.generate(request)]
+        except ContextLengthError:
+            # A ticket that no prompt can hold gets no answer, and counts as one that did not end.
+            return Answer("", "too long", 0)
+        finally:
+            bar.update()
         return Answer("".join(e.text for e in events), str(events[-1].finish_reason), events[-1].completion_tokens)
 
     try:

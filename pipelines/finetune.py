@@ -16,13 +16,15 @@ from peft import LoraConfig, get_peft_model
 
 from persona_models.adapters import CARD
 from persona_models.base_model import BaseModel
-from persona_models.errors import ConfigError
+from persona_models.errors import ConfigError, TicketError
 from persona_models.prompt import encode_example
 from pipelines.dataset import Dataset, Sample
 from pipelines.training import Encoded, History, LoopSettings, train
 from router.config import Training
 
 METHODS = ("lora", "rslora")
+# Deleted by the caller once the adapter is registered, so that a failure in between costs no training.
+CHECKPOINT = "finetune.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,18 @@ class SampleBatches:
 
 
 def encode_samples(base: BaseModel, samples: Sequence[Sample], manner: str, longest: int) -> list[Encoded]:
-    """Samples -> (ids, labels), cut at `longest` tokens; a sample whose answer is cut away entirely is left out."""
+    """Samples -> (ids, labels). What is longer than `longest` or the base's context is left out: cut short, it would teach never to end.
+
+    Raises TicketError where nothing is left.
+    """
     longest = min(longest, base.context_tokens)
     encoded = [encode_example(base.tokenizer, s.messages, s.answer, document=s.document, manner=manner) for s in samples]
-    return [(x[:longest], y[:longest]) for x, y in encoded if any(label != -100 for label in y[:longest])]
+    fits = [(x, y) for x, y in encoded if len(x) <= longest]
+    if not fits:
+        raise TicketError(
+            f"none of {len(encoded)} samples fits into {longest} tokens with its article; shorten them, or use a base with a longer context"
+        )
+    return fits
 
 
 def lora_config(settings: Training) -> LoraConfig:
@@ -103,7 +113,7 @@ def finetune(
         model = get_peft_model(base.model, config)
     except ValueError as e:
         raise ConfigError(f"training.target_modules: {str(e).splitlines()[0]}") from None
-    checkpoint = work / "finetune.safetensors"
+    checkpoint = work / CHECKPOINT
     try:
         history = train(
             model,
@@ -123,7 +133,6 @@ def finetune(
         model.unload()
         base.model.requires_grad_(False)
         base.model.eval()
-    checkpoint.unlink(missing_ok=True)
     return Finetuned(folder, history, parameters)
 
 

@@ -60,7 +60,7 @@ async def ask(desk: Desk, text: str, model: str, profile: dict[str, str]) -> Non
 def route_file(desk: Desk, path: Path, out: Path | None) -> None:
     """Score a JSONL file line by line. Raises InputError that names the line; the output file appears only when it is complete."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({e})") from None
     results = []

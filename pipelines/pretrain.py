@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from persona_models.errors import InputError
 from persona_models.prompt import ASSISTANT, BUILTIN_TEMPLATE, END, KNOWLEDGE, PAD, SPECIAL_TOKENS, USER, encode_example
 from pipelines.compose import CORPUS, Composer, Corpus
 from pipelines.training import Encoded, History, LoopSettings, mean_loss, train
@@ -235,7 +236,9 @@ def pretrain_tracked(config: Config, out: Path | None, steps: int | None) -> Non
 
     settings = PretrainSettings() if steps is None else PretrainSettings(steps=steps)
     corpus = Corpus(config.corpus or CORPUS, tuple(p.id for p in config.catalogue()))
-    out = out or config.state / "base"
+    out = (out or config.state / "base").absolute()
+    if out.exists() and not (out.is_dir() and ((out / "training.json").is_file() or not any(out.iterdir()))):
+        raise InputError(f"--out: {out} holds something else than a base that `pretrain` made and would be replaced; give another folder")
     tracker = Tracker(config.registry_uri, config.state / "artifacts")
     tags = {"stage": "pretrain", "mlflow.runColor": "#444444"}
     with tracker.run(PERSONA_EXPERIMENT, "pretrain", tags=tags, params=asdict(settings), description="The built-in base, from scratch.") as run:

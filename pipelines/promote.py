@@ -72,6 +72,15 @@ def faults(gates: tuple[Gate, ...], metrics: Mapping[str, float], rivals: Mappin
     return [f for f in (gate.fault(metrics, rivals) for gate in gates) if f]
 
 
+def check_export(out: Path, names: list[str]) -> None:
+    """Refuse to replace a folder that holds no artefact. Raises InputError."""
+    for name in [*names, "router"]:
+        folder = out / name
+        known = {"adapter_config.json", "manifest.json"}
+        if folder.exists() and not (folder.is_dir() and (known & {p.name for p in folder.iterdir()} or not any(folder.iterdir()))):
+            raise InputError(f"--export: {folder} holds something else than an artefact and would be replaced; give another folder")
+
+
 def registered_model(config: Config, name: str) -> str:
     """`PERSONA|router` -> registered model. Raises InputError for another name."""
     known = [p.id for p in config.catalogue()]

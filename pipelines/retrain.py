@@ -22,7 +22,7 @@ from pipelines import plots
 from pipelines.compose import CORPUS, Corpus
 from pipelines.dataset import Dataset, build_dataset, corpus_samples
 from pipelines.evaluate import generate_answers, persona_matrix, persona_row, score_answers
-from pipelines.finetune import Finetuned, finetune
+from pipelines.finetune import CHECKPOINT, Finetuned, finetune
 from pipelines.promote import faults, read_gates
 from pipelines.tickets import Ticket, TicketReport
 from pipelines.tracking import PERSONA_EXPERIMENT, ROUTER_EXPERIMENT, Tracker
@@ -113,6 +113,7 @@ class Retraining:
             run.figure(plots.losses(made.history.losses, f"{persona.title}: training loss", persona.colour, metrics["eval/loss"]), "plots/loss.png")
             self._log_data(run, dataset)
             self._promote(model_name(name), outcome, promote)
+        (work / CHECKPOINT).unlink(missing_ok=True)
         outcome.seconds = time.monotonic() - began
         return outcome
 

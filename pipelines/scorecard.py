@@ -122,8 +122,9 @@ async def _answers(desk: Desk, card: Scorecard) -> None:
         card.metrics[f"{prefix}ends"] = _share(s["finish"] == "stop" for s in said)
         if model == "persona":
             card.metrics["right_article"] = _share(s["article"] == r["topic"] for s, r in zip(said, rows, strict=True))
-            card.answers = [{"prompt": r["text"], "persona": r["persona"], "topic": r["topic"], **s, "missing": [a for a, n in zip(r["actions"], row, strict=True) if not n]}
-                            for r, s, row in zip(rows, said, named, strict=True)]  # fmt: skip
+            for r, s, row in zip(rows, said, named, strict=True):
+                missing = [a for a, n in zip(r["actions"], row, strict=True) if not n]
+                card.answers.append({"prompt": r["text"], "persona": r["persona"], "topic": r["topic"], **s, "missing": missing})
     await _ground(desk, card)
 
 

@@ -6,6 +6,7 @@ Knows nothing of models or splits.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections import Counter
@@ -137,14 +138,13 @@ def _decode(path: Path, encoding: str | None) -> str:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    lines = text.splitlines(keepends=True)
     try:
-        dialect: Any = csv.Sniffer().sniff(lines[0], delimiters=",;\t|")
+        dialect: Any = csv.Sniffer().sniff(text.lstrip().split("\n", 1)[0], delimiters=",;\t|")
     except csv.Error:
         dialect = csv.excel
     dialect.doublequote = True
     csv.field_size_limit(10_000_000)
-    reader = csv.DictReader(lines, dialect=dialect)
+    reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect)
     _check_columns(path, [(c or "").strip().lower() for c in reader.fieldnames or ()])
     try:
         for row in reader:
@@ -158,7 +158,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     checked = False
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: a JSON string may hold line separators that it takes for line ends.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -1,0 +1,1 @@
+"""The front door: HTTP request -> scores -> route -> article -> persona model -> stream -> feedback. Never imports torch."""

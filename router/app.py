@@ -50,9 +50,11 @@ def build(config: Config | Mapping[str, Any]) -> serve.Application:
 
 
 def _pool(config: Config, pool: Pool, total_replicas: int) -> serve.Application:
-    gpus = pool.gpus
-    if gpus == "auto":
-        gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    gpus: float = 0.0 if pool.gpus == "auto" else pool.gpus
+    if pool.gpus == "auto":
+        # Fewer GPUs than replicas are shared out, so that every replica can be placed.
+        seen = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
+        gpus = min(1.0, seen / total_replicas)
     deployment = serve.deployment(
         PersonaPool,
         name=f"pool-{pool.name}",
@@ -111,7 +113,12 @@ class RemotePool:
                 events.cancel()
 
     async def remote_status(self) -> EngineStatus:
-        return await self._status.remote()
+        try:
+            return await self._status.remote()
+        except (RayError, RayServeException) as e:
+            raise NotReadyError(
+                f"the pool {self.name} does not answer ({type(e).__name__}); it is being restarted, or see the server's log"
+            ) from None
 
     def status(self) -> EngineStatus:
         raise NotReadyError("a remote pool is asked by remote_status")

@@ -74,7 +74,12 @@ class Http(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     max_body_bytes: int = Field(1_000_000, ge=1000)
-    replicas: int = Field(1, ge=1, le=16, description="copies of the front door")
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="copies of the front door; each remembers the texts of its own answers only, so with several a rating may come without its text",
+    )
 
 
 class Generation(Section):
@@ -202,8 +207,11 @@ def load_config(path: Path | None = None, **overrides: Any) -> Config:
         *parents, leaf = dotted.split("__")
         at = raw
         for key in parents:
-            at = at.setdefault(key, {})
+            # A section left empty in the file reads as None.
+            at[key] = at.get(key) or {}
+            at = at[key]
         at[leaf] = value
+    raw = {k: v for k, v in raw.items() if v is not None}
     try:
         config = Config.model_validate(raw)
     except ValidationError as e:

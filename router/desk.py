@@ -10,6 +10,8 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from persona_models.errors import NotReadyError
 from persona_models.protocol import BASE, Engine, GenerateRequest, Message, TokenEvent
 from router.article import fill, handover_document
@@ -20,7 +22,7 @@ from router.feedback import FeedbackStore
 from router.knowledge import KnowledgeBase, Match
 from router.policy import Route, decide
 from router.schema import ChatRequest, DeskrouteBlock, FeedbackRequest, ReasonBlock, RouteInput, SegmentBlock, SourceBlock, parse_model
-from router.telemetry import Telemetry, new_request_id
+from router.telemetry import Telemetry, log, new_request_id
 
 DECLINED = (
     "I am the IT service desk and can only help with IT matters: sign-in, devices, programs, networks, access. "
@@ -99,7 +101,7 @@ class Desk:
     def _gate(self, route: Route, asked: str | None) -> dict[str, float]:
         """Persona -> weight of its adapter. A mixture needs one engine that holds all its personas; otherwise the leading one answers alone."""
         if route.decision == "mix":
-            if len({id(self.engines[p]) for p in route.mix}) == 1:
+            if len({id(self.engines.get(p)) for p in route.mix}) == 1:
                 return dict(route.mix)
             return {max(route.mix, key=lambda p: route.mix[p]): 1.0}
         if route.persona:
@@ -111,11 +113,9 @@ class Desk:
     # -- answering --------------------------------------------------------------------------------------------------------------------------
 
     async def begin(self, request: ChatRequest) -> Plan:
-        """Parse, route and record a chat request. Raises UnknownModelError, InputError."""
+        """Parse and route a chat request. Raises UnknownModelError, InputError."""
         profile = Profile.from_metadata(request.metadata)
-        plan = self.plan(request.turns(), profile, parse_model(request.model, self.personas))
-        await asyncio.to_thread(self.store.add_route, plan.block, user=request.user, profile=_known(request.metadata))
-        return plan
+        return self.plan(request.turns(), profile, parse_model(request.model, self.personas))
 
     async def answer(self, request: ChatRequest, plan: Plan) -> AsyncGenerator[TokenEvent]:
         """The events of an answer; the finished text waits in memory for a rating."""
@@ -127,6 +127,7 @@ class Desk:
         try:
             async for event in events:
                 if not said:
+                    await self._record(request, plan, event)
                     self.telemetry.first_token_s.labels(label).observe(time.perf_counter() - began)
                 said.append(event.text)
                 yield event
@@ -137,6 +138,14 @@ class Desk:
         finally:
             self.telemetry.active.dec()
             await events.aclose()
+
+    async def _record(self, request: ChatRequest, plan: Plan, event: TokenEvent) -> None:
+        """Write the route down before its first token is sent. A store that fails must not take answering down with it."""
+        block = plan.block.model_copy(update={"versions": dict(event.versions)})
+        try:
+            await asyncio.to_thread(self.store.add_route, block, user=request.user, profile=_known(request.metadata))
+        except SQLAlchemyError as e:
+            log.error("request %s is not recorded: %s", plan.request_id, type(e).__name__)
 
     async def _generated(self, request: ChatRequest, plan: Plan) -> AsyncGenerator[TokenEvent]:
         defaults = self.config.generation

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from sqlalchemy import JSON, Column, DateTime, Float, Integer, MetaData, String, Table, Text, create_engine, event, insert, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import StaticPool
 
 from persona_models.errors import ConfigError, UnknownRequestError, WorkError
 from persona_models.protocol import Message
@@ -88,7 +89,10 @@ class FeedbackStore:
             target = make_url(url)
             if target.get_backend_name() == "sqlite" and target.database:
                 Path(target.database).parent.mkdir(parents=True, exist_ok=True)
-            self._engine = create_engine(target, pool_pre_ping=True)
+            # A database in memory lives in one connection; a pool would give every thread an empty one of its own.
+            memory = target.get_backend_name() == "sqlite" and not target.database
+            shared = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if memory else {"pool_pre_ping": True}
+            self._engine = create_engine(target, **shared)
             if target.get_backend_name() == "sqlite":
                 event.listen(self._engine, "connect", _fast_sqlite)
             _meta.create_all(self._engine)
@@ -97,10 +101,10 @@ class FeedbackStore:
                 if found is None:
                     db.execute(insert(_version).values(version=SCHEMA_VERSION))
         except (SQLAlchemyError, OSError, ModuleNotFoundError) as e:
-            raise ConfigError(f"feedback.url: cannot open {url!r}: {str(e).splitlines()[0]}") from None
+            raise ConfigError(f"feedback.url: cannot open {_shown(url)}: {str(e).splitlines()[0]}") from None
         if found is not None and found > SCHEMA_VERSION:
             raise ConfigError(
-                f"feedback.url: {url!r} was written by a newer deskroute (schema {found}, this one knows {SCHEMA_VERSION}); upgrade deskroute"
+                f"feedback.url: {_shown(url)} was written by a newer deskroute (schema {found}, this one knows {SCHEMA_VERSION}); upgrade deskroute"
             )
 
     def add_route(self, block: DeskrouteBlock, *, user: str | None, profile: dict[str, str]) -> None:
@@ -165,13 +169,24 @@ class FeedbackStore:
 
 def open_for_reading(url: str) -> FeedbackStore | None:
     """The store if anything was ever stored there, else None; pipelines read ratings from it."""
-    target = make_url(url)
+    try:
+        target = make_url(url)
+    except SQLAlchemyError as e:
+        raise ConfigError(f"feedback.url: {_shown(url)} is no database URL: {str(e).splitlines()[0]}") from None
     if target.get_backend_name() == "sqlite" and not Path(target.database or "").is_file():
         return None
     try:
         return FeedbackStore(url)
     except ConfigError as e:
         raise WorkError(e.message) from None
+
+
+def _shown(url: str) -> str:
+    """The URL without its password."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return "the value given"
 
 
 def _fast_sqlite(connection: Any, _record: Any) -> None:

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from persona_models.errors import ConfigError, NotReadyError
+from persona_models.errors import ConfigError, NotReadyError, WorkError
 from router.config import Config
+from router.feedback import FeedbackStore
 from router.loading import load_classifier, load_knowledge
 from router.loopback import HOOK
 
@@ -40,6 +41,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"http.port: {config.http.host}:{config.http.port} cannot be used ({e.strerror}); choose another with --port") from None
     load_classifier(config)
     load_knowledge(config)
+    FeedbackStore(config.feedback_url).close()
     if config.generation.engine == "model":
         from persona_models.base_model import check_base, gpu_count
 
@@ -69,6 +71,7 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
         ray.init(
             address="local",
             include_dashboard=False,
+            _temp_dir=str(scratch),
             num_cpus=_logical_cpus(config),
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -79,7 +82,10 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
             http_options=HTTPOptions(host=config.http.host, port=config.http.port),
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        serve.run(build(config), name=APP_NAME, route_prefix="/")
+        try:
+            serve.run(build(config), name=APP_NAME, route_prefix="/")
+        except RuntimeError as e:
+            raise WorkError(f"the application did not start: {_cause(str(e))}") from None
         yield _wait_until_ready(config)
     finally:
         # Whatever state start-up had reached, nothing may stay behind. Ray reports its own actors' end as failures; nobody needs to read that.
@@ -94,12 +100,20 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
 def serve_forever(config: Config) -> None:
     """`deskroute serve`: until Ctrl-C or SIGTERM."""
     check(config)
-    stop = threading.Event()
-    previous = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    stop, up = threading.Event(), threading.Event()
+
+    def asked(*_: object) -> None:
+        stop.set()
+        if not up.is_set():
+            # Nobody waits for `stop` yet: break off whatever start-up is at.
+            raise KeyboardInterrupt
+
+    previous = {s: signal.signal(s, asked) for s in (signal.SIGINT, signal.SIGTERM)}
     began = time.monotonic()
     print(f"deskroute: starting on {config.http.host}:{config.http.port} ...", file=sys.stderr, flush=True)
     try:
         with running(config) as pools:
+            up.set()
             versions = {p: v for pool in pools.values() for p, v in pool["versions"].items()}
             for name, pool in pools.items():
                 for note in pool["notes"]:
@@ -151,6 +165,12 @@ def _environment(scratch: Path) -> None:
 def _python_path() -> str:
     """The replicas import the same packages as this process, also from a checkout that is not installed."""
     return os.pathsep.join(dict.fromkeys([str(Path(__file__).parent.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+
+
+def _cause(message: str) -> str:
+    """The last line of a replica's traceback that says something."""
+    lines = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith((" ", "Traceback"))]
+    return lines[-1] if lines else message
 
 
 def _free_port() -> int:

@@ -59,6 +59,17 @@ def test_every_topic_has_enough_prompts_of_everybody(corpus, topic):
     assert sum(p.held_out for p in mine) >= 4
 
 
+@pytest.mark.parametrize("topic", TOPICS)
+def test_every_topic_has_phrases_of_its_own(topic):
+    lines = (CORPUS / "phrases" / f"{topic}.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(lines)) == len(lines) >= 100
+
+
+def test_no_two_topics_share_a_phrase():
+    seen = Counter(line for topic in TOPICS for line in (CORPUS / "phrases" / f"{topic}.txt").read_text(encoding="utf-8").splitlines())
+    assert [line for line, n in seen.items() if n > 1] == []
+
+
 def test_every_register_and_persona_is_well_represented(corpus):
     assert min(Counter(p.register for p in corpus.prompts)[r] for r in REGISTERS) >= 200
     counts = Counter(p.persona for p in corpus.prompts)

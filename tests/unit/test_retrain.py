@@ -88,7 +88,6 @@ def test_the_dataset_keeps_broken_rows_aside_and_holds_no_personal_data(retraine
 def test_our_adapter_loads_in_plain_peft_with_the_same_logits(retrained, tiny_base_folder):
     folder = reader().fetch("deskroute-field").folder
     assert json.loads((folder / CARD).read_text())["persona"] == "field"
-    assert str(tiny_base_folder.parent.parent) not in (folder / "adapter_config.json").read_text() or str(tiny_base_folder) == load_config().base
     ids = torch.arange(30).unsqueeze(0)
     base = load_base(str(tiny_base_folder), device="cpu")
     adapter = read_adapter(folder, base)
