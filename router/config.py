@@ -78,7 +78,7 @@ class Http(Section):
         1,
         ge=1,
         le=16,
-        description="copies of the front door; each remembers the texts of its own answers only, so with several a rating may come without its text",
+        description="copies of the front door; each remembers only its own answers, so with several a rating may lack its text",
     )
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from persona_models.adapters import Adapter, read_adapter
 from persona_models.base_model import load_base
 from persona_models.engine import PersonaEngine, _until_stop
-from persona_models.errors import ContextLengthError, NotReadyError, QueueFullError, UnknownModelError
+from persona_models.errors import ContextLengthError, NotReadyError, QueueFullError, UnknownModelError, WorkError
 from persona_models.prompt import encode_prompt
 from persona_models.protocol import GenerateRequest, Message
 
@@ -151,6 +151,40 @@ async def test_stop_strings_cut_the_answer_and_are_not_sent(engine):
     text, last = await collect(engine, ask("hello", {"field": 1.0}, max_tokens=20, stop=(stop,)))
     assert text == whole[: whole.index(stop)]
     assert last.finish_reason == "stop"
+
+
+async def test_a_fault_of_one_row_ends_that_row_only(engine, tiny_base_folder, adapters, monkeypatch):
+    """One request must never take the others, or the replica, down with it."""
+    import persona_models.engine as module
+
+    sample = module._sample
+
+    def failing(logits, row):
+        if row.request.request_id == "bad" and len(row.tokens) == 3:
+            raise RuntimeError("probability tensor contains inf")
+        return sample(logits, row)
+
+    monkeypatch.setattr(module, "_sample", failing)
+    bad = GenerateRequest("bad", (Message("user", "hot"),), {}, None, 30)
+    other = asyncio.create_task(collect(engine, ask("stays", {"field": 1.0}, max_tokens=25)))
+    with pytest.raises(WorkError, match="sampling failed"):
+        await collect(engine, bad)
+    assert (await other)[0] == reference(tiny_base_folder, adapters, "stays", "field", 25)
+    assert engine.status().ready
+
+
+async def test_a_prompt_on_which_the_model_fails_is_answered_with_an_error(engine, monkeypatch):
+    """It once left its caller waiting for ever."""
+    monkeypatch.setattr(engine._batch, "prefill", lambda prompt: 1 / 0)
+    with pytest.raises(WorkError, match="the model failed on this prompt: ZeroDivisionError"):
+        await asyncio.wait_for(collect(engine, ask("x", {"field": 1.0})), 10)
+    assert engine.status().ready
+
+
+async def test_the_coldest_temperatures_are_greedy(engine):
+    cold, _ = await collect(engine, ask("hello", {"field": 1.0}, temperature=1e-40))
+    greedy, _ = await collect(engine, ask("hello", {"field": 1.0}))
+    assert cold == greedy
 
 
 def test_text_that_may_begin_a_stop_string_waits():

@@ -90,6 +90,26 @@ def test_the_oldest_question_and_its_answer_give_way_first(tokenizer):
     assert len(ids) == room
 
 
+def test_leaving_out_turns_keeps_as_many_as_fit_like_the_obvious_loop(tokenizer):
+    """Bisecting must find what dropping one question after the other finds, also when the assistant spoke last."""
+    turns = [Message("system", "s"), *(Message("user" if i % 2 == 0 else "assistant", f"turn {i} " * (1 + i % 5)) for i in range(21))]
+    for last in (20, 21):
+        talk = turns[: last + 1]
+        for room in (20, 60, 120, 400):
+            kept = list(talk)
+            while len(encode_prompt(tokenizer, kept, document=None)) > room:
+                later = [i for i, m in enumerate(kept) if m.role == "user"][1:]
+                if not later:
+                    kept = []
+                    break
+                kept = [kept[0], *kept[later[0] :]]
+            if kept:
+                assert fit_prompt(tokenizer, talk, document=None, room_tokens=room)[1] == tuple(kept)
+            else:
+                with pytest.raises(ContextLengthError):
+                    fit_prompt(tokenizer, talk, document=None, room_tokens=room)
+
+
 def test_a_last_turn_that_does_not_fit_is_an_error_with_both_numbers(tokenizer):
     with pytest.raises(ContextLengthError, match=r"the prompt is \d+ tokens long and only 10 fit"):
         fit_prompt(tokenizer, [Message("user", "far too long " * 20)], document=None, room_tokens=10)

@@ -162,6 +162,8 @@ def test_an_empty_registry_costs_nothing_and_holds_nothing():
         (["promote", "field", "9"], "deskroute-field has no version 9; it has none yet"),
         (["promote", "pirate", "1"], "'pirate' is neither router nor a persona"),
         (["route"], "give either a TEXT or --jsonl FILE"),
+        (["route", " "], "give either text or messages"),
+        (["pretrain", "--steps", "0"], "--steps is 0"),
         (["route", "vpn", "--profile", "Director"], "'Director' is not KEY=VALUE"),
         (["route", "vpn", "--profile", "tenure_days=many"], "tenure_days"),
         (["route", "--jsonl", "bad.jsonl"], "bad.jsonl, line 2: is not valid JSON"),
@@ -182,6 +184,34 @@ def test_wrong_arguments_end_with_2_and_a_sentence(project, capsys, argv, says):
     assert "Traceback" not in err
     config = load_config()
     assert not (config.state / "mlflow.db").exists() or reader().versions("deskroute-field") == {}
+
+
+def test_ask_streams_an_answer_and_says_how_it_was_routed(project, capsys):
+    (project / "deskroute.yaml").write_text("generation: {engine: fake}\n")
+    assert main(["ask", "My VPN keeps dropping at the customer's site, no Wi-Fi here", "--profile", "title=Technician"]) == 0
+    done = capsys.readouterr()
+    assert done.out.startswith("[field] About the VPN connection.")
+    assert "[persona: field" in done.err
+    assert "article: VPN connection" in done.err
+
+
+def test_route_says_the_same_whatever_is_decided(project, capsys):
+    """A mixture needs no engine to be told."""
+    (project / "deskroute.yaml").write_text("policy: {mix_margin: 1.0, mix_floor: 0.0}\n")
+    assert main(["route", "my vpn does not connect"]) == 0
+    assert json.loads(capsys.readouterr().out)["decision"] == "mix"
+
+
+def test_folders_that_hold_something_else_are_not_replaced(project, capsys):
+    (project / "mine").mkdir()
+    (project / "mine" / "thesis.txt").write_text("years of work")
+    assert main(["pretrain", "--out", "mine"]) == 2
+    (project / "out" / "field").mkdir(parents=True)
+    (project / "out" / "field" / "thesis.txt").write_text("years of work")
+    assert main(["retrain", "field", "--export", "out"]) == 2
+    assert (project / "mine" / "thesis.txt").exists()
+    assert (project / "out" / "field" / "thesis.txt").exists()
+    assert "would be replaced; give another folder" in capsys.readouterr().err
 
 
 def test_route_file_answers_line_by_line(project, capsys):
