@@ -12,28 +12,23 @@ import json
 import os
 import shutil
 import tempfile
-import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 from scipy import sparse
 from scipy.optimize import minimize, minimize_scalar
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, roc_auc_score
 
-from persona_models.errors import InputError, WorkError
-from router.article import Article, read_article
+from persona_models.errors import WorkError
+from pipelines.router_corpus import Labelled, RouterData, read_router_corpus
+from pipelines.router_report import RouterReport, measure
 from router.classifier import MANIFEST, PersonaClassifier, sigmoid, softmax
-from router.features import FeatureSpace, Profile, Query, TextSpace
+from router.features import FeatureSpace, TextSpace
 from router.knowledge import Calibration, KnowledgeBase, article_vectors, text_of
-from router.policy import PolicySettings
 
-HELD_OUT = "held_"
 FOLDS = 8
 # Strength of the fits (scikit-learn's C) and of the pull of term weights towards 1; chosen on voices left out of training.
 PERSONA_C = 3.0
@@ -43,85 +38,7 @@ TERM_PULL = 1.0
 # What calibration may cost: the share of real requests declined, and of right articles withheld.
 MAX_FALSE_DECLINES = 0.01
 MAX_LOST_ARTICLES = 0.01
-RELIABILITY_BINS = 10
 PHRASES_IN_A_TEXT = 6
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """One text to learn from or to measure on; what is not known of it is empty."""
-
-    text: str
-    voice: str
-    persona: str = ""
-    topic: str = ""
-    register: str = ""
-    kind: str = ""
-    profile: Profile = field(default_factory=Profile)
-
-    @property
-    def held_out(self) -> bool:
-        return self.voice.startswith(HELD_OUT)
-
-    @property
-    def query(self) -> Query:
-        return Query(self.text, self.profile)
-
-    @property
-    def text_only(self) -> Query:
-        return Query(self.text)
-
-
-@dataclass(frozen=True)
-class RouterData:
-    """The router's corpus. `prompts` have a topic; `personal` have none, some of them a profile; `neutral` give nobody away."""
-
-    articles: tuple[Article, ...]
-    values: Mapping[str, str]
-    prompts: tuple[Labelled, ...]
-    personal: tuple[Labelled, ...]
-    neutral: tuple[Labelled, ...]
-    out_of_domain: tuple[Labelled, ...]
-    phrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # topic -> words and turns by which people speak of it
-
-
-@dataclass(frozen=True)
-class RouterReport:
-    """How a trained router did on the held-out voices."""
-
-    version: str
-    metrics: dict[str, float]
-    personas: tuple[str, ...]
-    confusion: np.ndarray  # (P, P) counts, rows the true persona
-    reliability: dict[str, np.ndarray]  # from, count, confidence, accuracy; one value per bin
-    retrieval_confusions: list[tuple[str, str, int]]  # topic, article found instead, how often
-    errors: list[dict[str, Any]]
-
-
-def read_router_corpus(corpus_dir: Path, personas: Sequence[str] = ()) -> RouterData:
-    """Read articles, prompts and the `router/` files; all but articles and prompts may be missing.
-
-    Raises WorkError that names file and line for what is malformed, has an empty text or an unknown persona, and for a corpus without prompts.
-    """
-    articles = tuple(read_article(path, tuple(personas)) for path in sorted((corpus_dir / "articles").glob("*.md")))
-    known = {a.id for a in articles}
-    prompts = []
-    for path in sorted((corpus_dir / "prompts").glob("*.jsonl")):
-        if path.stem in known:
-            prompts += [replace(row, topic=path.stem) for row in _rows(path, personas, needs_persona=True)]
-    if not prompts:
-        raise WorkError(f"{corpus_dir}: no prompts/<topic>.jsonl with an article of the same name; there is nothing to train the router on")
-    router = corpus_dir / "router"
-    personal = [*_rows(router / "persona.jsonl", personas, needs_persona=True), *_rows(router / "profiles.jsonl", personas, needs_persona=True)]
-    return RouterData(
-        articles=articles,
-        values=_first_values(corpus_dir / "slots.yaml"),
-        prompts=tuple(prompts),
-        personal=tuple(personal),
-        neutral=tuple(_rows(router / "neutral.jsonl", personas)),
-        out_of_domain=tuple(_rows(router / "out_of_domain.jsonl", personas)),
-        phrases={p.stem: _lines(p) for p in sorted((corpus_dir / "phrases").glob("*.txt")) if p.stem in known},
-    )
 
 
 def train_router(corpus_dir: Path, out_dir: Path, personas: Sequence[str], seed: int = 0) -> RouterReport:
@@ -195,91 +112,6 @@ def fit_knowledge(data: RouterData, seed: int = 0) -> KnowledgeBase:
     strangers = [knowledge.products(r.text) for r in _seen(data.out_of_domain)]
     knowledge.calibration = _calibrate(start, unseen, label, np.array(strangers).reshape(-1, len(articles)))
     return knowledge
-
-
-def measure(data: RouterData, classifier: PersonaClassifier, knowledge: KnowledgeBase) -> RouterReport:
-    """Metrics on the held-out voices. Shares are 0 to 1, times in ms; a metric without anything to measure it on is left out."""
-    personas = list(classifier.personas)
-    known = [r for r in (*data.prompts, *data.personal) if r.held_out and not r.profile]
-    metrics: dict[str, float] = {}
-    confusion = np.zeros((len(personas), len(personas)), dtype=np.int64)
-    reliability: dict[str, np.ndarray] = {}
-    errors: list[dict[str, Any]] = []
-    if known:
-        probabilities, _ = classifier.probabilities([r.text_only for r in known])
-        label = np.array([personas.index(r.persona) for r in known])
-        guess, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
-        np.add.at(confusion, (label, guess), 1)
-        reliability = _reliability(sure, guess == label)
-        bar = PolicySettings().min_confidence
-        metrics |= {
-            "accuracy_text": float((guess == label).mean()),
-            "macro_f1_text": float(f1_score(label, guess, average="macro", labels=range(len(personas)), zero_division=0)),
-            "ece_text": float((reliability["count"] * np.abs(reliability["confidence"] - reliability["accuracy"])).sum() / len(known)),
-            "brier_text": float(((probabilities - np.eye(len(personas))[label]) ** 2).sum(axis=1).mean()),
-            "coverage_at_threshold": float((sure >= bar).mean()),
-            "accuracy_at_threshold": float((guess == label)[sure >= bar].mean()) if (sure >= bar).any() else 0.0,
-        }
-        for i in np.flatnonzero(guess != label):
-            errors.append({"kind": "persona", "text": known[i].text, "is": known[i].persona, "got": personas[guess[i]], "confidence": float(sure[i])})
-    with_profile = [r for r in data.personal if r.held_out and r.profile]
-    if with_profile:
-        probabilities, _ = classifier.probabilities([r.query for r in with_profile])
-        right = [personas[int(p.argmax())] == r.persona for p, r in zip(probabilities, with_profile, strict=True)]
-        alone, _ = classifier.probabilities([r.text_only for r in with_profile])
-        metrics["accuracy_profile"] = float(np.mean(right))
-        metrics["accuracy_profile_text_only"] = float(
-            np.mean([personas[int(p.argmax())] == r.persona for p, r in zip(alone, with_profile, strict=True)])
-        )
-    neutral = [r for r in data.neutral if r.held_out]
-    if neutral:
-        metrics["neutral_below_threshold"] = float(
-            (classifier.probabilities([r.text_only for r in neutral])[0].max(axis=1) < PolicySettings().min_confidence).mean()
-        )
-    metrics |= _measure_in_domain(classifier, [*known, *with_profile, *neutral], [r for r in data.out_of_domain if r.held_out], errors)
-    more, confusions = _measure_retrieval(data, knowledge, errors)
-    return RouterReport("", metrics | more | _latency(classifier, knowledge, known), tuple(personas), confusion, reliability, confusions, errors)
-
-
-def _rows(path: Path, personas: Sequence[str], *, needs_persona: bool = False) -> list[Labelled]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as e:
-        raise WorkError(f"{path}: cannot be read: {e}") from None
-    rows = []
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, persona = str(row["text"]).strip(), str(row["persona"]) if needs_persona else ""
-            profile = Profile.from_metadata(row.get("profile") or {})
-        except (ValueError, KeyError, TypeError, AttributeError, InputError) as e:
-            raise WorkError(f"{path}:{n}: not a line of this file ({type(e).__name__}: {e})") from None
-        if not text or (needs_persona and personas and persona not in personas):
-            raise WorkError(f"{path}:{n}: empty text, or {persona!r} is no persona of the catalogue ({', '.join(personas)})")
-        voice = str(row.get("voice") or f"{path.stem}_{n}")
-        rows.append(Labelled(text, voice, persona, register=str(row.get("register", "")), kind=str(row.get("kind", "")), profile=profile))
-    return rows
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as e:
-        raise WorkError(f"{path}: cannot be read: {e}") from None
-
-
-def _first_values(path: Path) -> dict[str, str]:
-    try:
-        slots = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return {str(name): str(options[0]) for name, options in slots.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, LookupError, TypeError) as e:
-        raise WorkError(f"{path}: must map slot names to lists of values ({e})") from None
 
 
 def _seen(rows: Sequence[Labelled]) -> list[Labelled]:
@@ -427,84 +259,6 @@ def _lead(products: np.ndarray) -> np.ndarray:
     """(N, A) -> (N, 2): the best product and its lead over the second."""
     two = np.sort(products, axis=1)[:, -2:]
     return np.column_stack([two[:, -1], two[:, -1] - two[:, 0]])
-
-
-def _reliability(sure: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
-    """Equal-width bins of the leading probability: lower edge, count, mean confidence and accuracy (0 in an empty bin)."""
-    bins = np.minimum((sure * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
-    count = np.bincount(bins, minlength=RELIABILITY_BINS)
-    some = np.maximum(count, 1)
-    return {
-        "from": np.arange(RELIABILITY_BINS) / RELIABILITY_BINS,
-        "count": count,
-        "confidence": np.bincount(bins, sure, minlength=RELIABILITY_BINS) / some,
-        "accuracy": np.bincount(bins, right.astype(float), minlength=RELIABILITY_BINS) / some,
-    }
-
-
-def _measure_in_domain(
-    classifier: PersonaClassifier, requests: Sequence[Labelled], strangers: Sequence[Labelled], errors: list[dict[str, Any]]
-) -> dict[str, float]:
-    _, inside = classifier.probabilities([r.text_only for r in requests])
-    _, outside = classifier.probabilities([r.text_only for r in strangers])
-    metrics = {}
-    if len(inside):
-        metrics["false_decline_rate"] = float((inside < classifier.min_in_domain).mean())
-    if len(outside):
-        metrics["out_of_domain_declined"] = float((outside < classifier.min_in_domain).mean())
-    if len(inside) and len(outside):
-        metrics["in_domain_auroc"] = float(roc_auc_score([1] * len(inside) + [0] * len(outside), np.concatenate([inside, outside])))
-    for row, score in zip(requests, inside, strict=True):
-        if score < classifier.min_in_domain:
-            errors.append({"kind": "declined", "text": row.text, "is": row.topic or "a request", "got": "decline", "confidence": float(1 - score)})
-    for row, score in zip(strangers, outside, strict=True):
-        if score >= classifier.min_in_domain:
-            errors.append({"kind": "let_in", "text": row.text, "is": row.kind, "got": "a request", "confidence": float(score)})
-    return metrics
-
-
-def _measure_retrieval(
-    data: RouterData, knowledge: KnowledgeBase, errors: list[dict[str, Any]]
-) -> tuple[dict[str, float], list[tuple[str, str, int]]]:
-    asked = [r for r in data.prompts if r.held_out]
-    strangers = [r for r in data.out_of_domain if r.held_out]
-    bar, scores = knowledge.calibration.threshold, knowledge.calibration.scores
-    metrics: dict[str, float] = {}
-    wrong: Counter[tuple[str, str]] = Counter()
-    if asked:
-        row_of = {a.id: i for i, a in enumerate(knowledge.articles)}
-        products = np.stack([knowledge.products(r.text) for r in asked])
-        label = np.array([row_of[r.topic] for r in asked])
-        order = np.argsort(-products, axis=1, kind="stable")
-        first = order[:, 0] == label
-        best = np.array([scores(p).max() for p in products])
-        struck = np.array([scores(np.delete(p, own)).max() if len(p) > 1 else 0.0 for p, own in zip(products, label, strict=True)])
-        metrics |= {
-            "retrieval_top1": float(first.mean()),
-            "retrieval_top3": float((order[:, :3] == label[:, None]).any(axis=1).mean()),
-            "article_lost": float((best[first] < bar).mean()) if first.any() else 0.0,
-            "right_article_served": float((first & (best >= bar)).mean()),
-            "wrong_article_served": float((~first & (best >= bar)).mean()),
-            "no_article_when_struck_out": float((struck < bar).mean()),
-        }
-        for i in np.flatnonzero(~first):
-            found = knowledge.articles[order[i, 0]].id
-            wrong[asked[i].topic, found] += 1
-            errors.append({"kind": "article", "text": asked[i].text, "is": asked[i].topic, "got": found, "confidence": float(best[i])})
-    if strangers:
-        metrics["no_article_out_of_domain"] = float(np.mean([knowledge.best(r.text) is None for r in strangers]))
-    return metrics, [(topic, found, n) for (topic, found), n in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))]
-
-
-def _latency(classifier: PersonaClassifier, knowledge: KnowledgeBase, rows: Sequence[Labelled]) -> dict[str, float]:
-    """Scores and article of one request after the other, in ms."""
-    spent = []
-    for row in rows[:300]:
-        start = time.perf_counter()
-        classifier.score([row.query])
-        knowledge.best(row.text)
-        spent.append((time.perf_counter() - start) * 1e3)
-    return {"latency_p50_ms": float(np.percentile(spent, 50)), "latency_p95_ms": float(np.percentile(spent, 95))} if spent else {}
 
 
 def _write(out_dir: Path, classifier: PersonaClassifier, knowledge: KnowledgeBase, metrics: Mapping[str, float]) -> str:

@@ -1,0 +1,124 @@
+"""The router's corpus as data: prompts with persona and topic, profiles, neutral texts, what is no request, phrases.
+
+Knows nothing of features or models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+from persona_models.errors import InputError, WorkError
+from router.article import Article, read_article
+from router.features import Profile, Query
+
+HELD_OUT = "held_"  # voices whose names begin so are never trained on
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One text to learn from or to measure on; what is not known of it is empty."""
+
+    text: str
+    voice: str
+    persona: str = ""
+    topic: str = ""
+    register: str = ""
+    kind: str = ""
+    profile: Profile = field(default_factory=Profile)
+
+    @property
+    def held_out(self) -> bool:
+        return self.voice.startswith(HELD_OUT)
+
+    @property
+    def query(self) -> Query:
+        return Query(self.text, self.profile)
+
+    @property
+    def text_only(self) -> Query:
+        return Query(self.text)
+
+
+@dataclass(frozen=True)
+class RouterData:
+    """The router's corpus. `prompts` have a topic; `personal` have none, some of them a profile; `neutral` give nobody away."""
+
+    articles: tuple[Article, ...]
+    values: Mapping[str, str]
+    prompts: tuple[Labelled, ...]
+    personal: tuple[Labelled, ...]
+    neutral: tuple[Labelled, ...]
+    out_of_domain: tuple[Labelled, ...]
+    phrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # topic -> words and turns by which people speak of it
+
+
+def read_router_corpus(corpus_dir: Path, personas: Sequence[str] = ()) -> RouterData:
+    """Read articles, prompts and the `router/` files; all but articles and prompts may be missing.
+
+    Raises WorkError that names file and line for what is malformed, has an empty text or an unknown persona, and for a corpus without prompts.
+    """
+    articles = tuple(read_article(path, tuple(personas)) for path in sorted((corpus_dir / "articles").glob("*.md")))
+    known = {a.id for a in articles}
+    prompts = []
+    for path in sorted((corpus_dir / "prompts").glob("*.jsonl")):
+        if path.stem in known:
+            prompts += [replace(row, topic=path.stem) for row in _rows(path, personas, needs_persona=True)]
+    if not prompts:
+        raise WorkError(f"{corpus_dir}: no prompts/<topic>.jsonl with an article of the same name; there is nothing to train the router on")
+    router = corpus_dir / "router"
+    personal = [*_rows(router / "persona.jsonl", personas, needs_persona=True), *_rows(router / "profiles.jsonl", personas, needs_persona=True)]
+    return RouterData(
+        articles=articles,
+        values=_first_values(corpus_dir / "slots.yaml"),
+        prompts=tuple(prompts),
+        personal=tuple(personal),
+        neutral=tuple(_rows(router / "neutral.jsonl", personas)),
+        out_of_domain=tuple(_rows(router / "out_of_domain.jsonl", personas)),
+        phrases={p.stem: _lines(p) for p in sorted((corpus_dir / "phrases").glob("*.txt")) if p.stem in known},
+    )
+
+
+def _rows(path: Path, personas: Sequence[str], *, needs_persona: bool = False) -> list[Labelled]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as e:
+        raise WorkError(f"{path}: cannot be read: {e}") from None
+    rows = []
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, persona = str(row["text"]).strip(), str(row["persona"]) if needs_persona else ""
+            profile = Profile.from_metadata(row.get("profile") or {})
+        except (ValueError, KeyError, TypeError, AttributeError, InputError) as e:
+            raise WorkError(f"{path}:{n}: not a line of this file ({type(e).__name__}: {e})") from None
+        if not text or (needs_persona and personas and persona not in personas):
+            raise WorkError(f"{path}:{n}: empty text, or {persona!r} is no persona of the catalogue ({', '.join(personas)})")
+        voice = str(row.get("voice") or f"{path.stem}_{n}")
+        rows.append(Labelled(text, voice, persona, register=str(row.get("register", "")), kind=str(row.get("kind", "")), profile=profile))
+    return rows
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as e:
+        raise WorkError(f"{path}: cannot be read: {e}") from None
+
+
+def _first_values(path: Path) -> dict[str, str]:
+    try:
+        slots = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return {str(name): str(options[0]) for name, options in slots.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, LookupError, TypeError) as e:
+        raise WorkError(f"{path}: must map slot names to lists of values ({e})") from None

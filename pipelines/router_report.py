@@ -1,0 +1,154 @@
+"""How a trained router does on the held-out voices: routing, in-domain, retrieval, latency. Knows nothing of training."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import f1_score, roc_auc_score
+
+from pipelines.router_corpus import Labelled, RouterData
+from router.classifier import PersonaClassifier
+from router.knowledge import KnowledgeBase
+from router.policy import PolicySettings
+
+RELIABILITY_BINS = 10
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """How a trained router did on the held-out voices."""
+
+    version: str
+    metrics: dict[str, float]
+    personas: tuple[str, ...]
+    confusion: np.ndarray  # (P, P) counts, rows the true persona
+    reliability: dict[str, np.ndarray]  # from, count, confidence, accuracy; one value per bin
+    retrieval_confusions: list[tuple[str, str, int]]  # topic, article found instead, how often
+    errors: list[dict[str, Any]]
+
+
+def measure(data: RouterData, classifier: PersonaClassifier, knowledge: KnowledgeBase) -> RouterReport:
+    """Metrics on the held-out voices. Shares are 0 to 1, times in ms; a metric without anything to measure it on is left out."""
+    personas = list(classifier.personas)
+    known = [r for r in (*data.prompts, *data.personal) if r.held_out and not r.profile]
+    metrics: dict[str, float] = {}
+    confusion = np.zeros((len(personas), len(personas)), dtype=np.int64)
+    reliability: dict[str, np.ndarray] = {}
+    errors: list[dict[str, Any]] = []
+    if known:
+        probabilities, _ = classifier.probabilities([r.text_only for r in known])
+        label = np.array([personas.index(r.persona) for r in known])
+        guess, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+        np.add.at(confusion, (label, guess), 1)
+        reliability = _reliability(sure, guess == label)
+        bar = PolicySettings().min_confidence
+        metrics |= {
+            "accuracy_text": float((guess == label).mean()),
+            "macro_f1_text": float(f1_score(label, guess, average="macro", labels=range(len(personas)), zero_division=0)),
+            "ece_text": float((reliability["count"] * np.abs(reliability["confidence"] - reliability["accuracy"])).sum() / len(known)),
+            "brier_text": float(((probabilities - np.eye(len(personas))[label]) ** 2).sum(axis=1).mean()),
+            "coverage_at_threshold": float((sure >= bar).mean()),
+            "accuracy_at_threshold": float((guess == label)[sure >= bar].mean()) if (sure >= bar).any() else 0.0,
+        }
+        for i in np.flatnonzero(guess != label):
+            errors.append({"kind": "persona", "text": known[i].text, "is": known[i].persona, "got": personas[guess[i]], "confidence": float(sure[i])})
+    with_profile = [r for r in data.personal if r.held_out and r.profile]
+    if with_profile:
+        probabilities, _ = classifier.probabilities([r.query for r in with_profile])
+        right = [personas[int(p.argmax())] == r.persona for p, r in zip(probabilities, with_profile, strict=True)]
+        alone, _ = classifier.probabilities([r.text_only for r in with_profile])
+        metrics["accuracy_profile"] = float(np.mean(right))
+        metrics["accuracy_profile_text_only"] = float(
+            np.mean([personas[int(p.argmax())] == r.persona for p, r in zip(alone, with_profile, strict=True)])
+        )
+    neutral = [r for r in data.neutral if r.held_out]
+    if neutral:
+        metrics["neutral_below_threshold"] = float(
+            (classifier.probabilities([r.text_only for r in neutral])[0].max(axis=1) < PolicySettings().min_confidence).mean()
+        )
+    metrics |= _measure_in_domain(classifier, [*known, *with_profile, *neutral], [r for r in data.out_of_domain if r.held_out], errors)
+    more, confusions = _measure_retrieval(data, knowledge, errors)
+    return RouterReport("", metrics | more | _latency(classifier, knowledge, known), tuple(personas), confusion, reliability, confusions, errors)
+
+
+def _reliability(sure: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
+    """Equal-width bins of the leading probability: lower edge, count, mean confidence and accuracy (0 in an empty bin)."""
+    bins = np.minimum((sure * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
+    count = np.bincount(bins, minlength=RELIABILITY_BINS)
+    some = np.maximum(count, 1)
+    return {
+        "from": np.arange(RELIABILITY_BINS) / RELIABILITY_BINS,
+        "count": count,
+        "confidence": np.bincount(bins, sure, minlength=RELIABILITY_BINS) / some,
+        "accuracy": np.bincount(bins, right.astype(float), minlength=RELIABILITY_BINS) / some,
+    }
+
+
+def _measure_in_domain(
+    classifier: PersonaClassifier, requests: Sequence[Labelled], strangers: Sequence[Labelled], errors: list[dict[str, Any]]
+) -> dict[str, float]:
+    _, inside = classifier.probabilities([r.text_only for r in requests])
+    _, outside = classifier.probabilities([r.text_only for r in strangers])
+    metrics = {}
+    if len(inside):
+        metrics["false_decline_rate"] = float((inside < classifier.min_in_domain).mean())
+    if len(outside):
+        metrics["out_of_domain_declined"] = float((outside < classifier.min_in_domain).mean())
+    if len(inside) and len(outside):
+        metrics["in_domain_auroc"] = float(roc_auc_score([1] * len(inside) + [0] * len(outside), np.concatenate([inside, outside])))
+    for row, score in zip(requests, inside, strict=True):
+        if score < classifier.min_in_domain:
+            errors.append({"kind": "declined", "text": row.text, "is": row.topic or "a request", "got": "decline", "confidence": float(1 - score)})
+    for row, score in zip(strangers, outside, strict=True):
+        if score >= classifier.min_in_domain:
+            errors.append({"kind": "let_in", "text": row.text, "is": row.kind, "got": "a request", "confidence": float(score)})
+    return metrics
+
+
+def _measure_retrieval(
+    data: RouterData, knowledge: KnowledgeBase, errors: list[dict[str, Any]]
+) -> tuple[dict[str, float], list[tuple[str, str, int]]]:
+    asked = [r for r in data.prompts if r.held_out]
+    strangers = [r for r in data.out_of_domain if r.held_out]
+    bar, scores = knowledge.calibration.threshold, knowledge.calibration.scores
+    metrics: dict[str, float] = {}
+    wrong: Counter[tuple[str, str]] = Counter()
+    if asked:
+        row_of = {a.id: i for i, a in enumerate(knowledge.articles)}
+        products = np.stack([knowledge.products(r.text) for r in asked])
+        label = np.array([row_of[r.topic] for r in asked])
+        order = np.argsort(-products, axis=1, kind="stable")
+        first = order[:, 0] == label
+        best = np.array([scores(p).max() for p in products])
+        struck = np.array([scores(np.delete(p, own)).max() if len(p) > 1 else 0.0 for p, own in zip(products, label, strict=True)])
+        metrics |= {
+            "retrieval_top1": float(first.mean()),
+            "retrieval_top3": float((order[:, :3] == label[:, None]).any(axis=1).mean()),
+            "article_lost": float((best[first] < bar).mean()) if first.any() else 0.0,
+            "right_article_served": float((first & (best >= bar)).mean()),
+            "wrong_article_served": float((~first & (best >= bar)).mean()),
+            "no_article_when_struck_out": float((struck < bar).mean()),
+        }
+        for i in np.flatnonzero(~first):
+            found = knowledge.articles[order[i, 0]].id
+            wrong[asked[i].topic, found] += 1
+            errors.append({"kind": "article", "text": asked[i].text, "is": asked[i].topic, "got": found, "confidence": float(best[i])})
+    if strangers:
+        metrics["no_article_out_of_domain"] = float(np.mean([knowledge.best(r.text) is None for r in strangers]))
+    return metrics, [(topic, found, n) for (topic, found), n in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def _latency(classifier: PersonaClassifier, knowledge: KnowledgeBase, rows: Sequence[Labelled]) -> dict[str, float]:
+    """Scores and article of one request after the other, in ms."""
+    spent = []
+    for row in rows[:300]:
+        start = time.perf_counter()
+        classifier.score([row.query])
+        knowledge.best(row.text)
+        spent.append((time.perf_counter() - start) * 1e3)
+    return {"latency_p50_ms": float(np.percentile(spent, 50)), "latency_p95_ms": float(np.percentile(spent, 95))} if spent else {}
