@@ -209,7 +209,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     if args.json and not args.json.absolute().parent.is_dir():
         raise InputError(f"--json: the folder of {args.json} does not exist")
-    print_card(evaluate(_config(args)), args.json)
+    card = evaluate(_config(args))
+    print_card(card, args.json)
+    if card.matrix:
+        print_matrix(*card.matrix)
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -201,28 +201,33 @@ class _Parts:
         return cls(named["Cause"], steps, named["Note"], named["Desk"])
 
 
+# Numbers and "Note:" stand in an answer as they stand in its article: they are what a small model finds the next line by (docs/LOG.md).
 def _leadership(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
-    return [f"{opener} {lead_in} {' '.join(a.steps[:3])}", a.note, closer]
+    return [f"{opener} {lead_in} {' '.join(_numbered(a.steps[:3]))}", _note(a), closer]
 
 
 def _knowledge_worker(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
-    return [opener, a.cause and f"Cause: {a.cause}", lead_in, *_numbered(a.steps), a.note, closer]
+    return [opener, a.cause and f"Cause: {a.cause}", lead_in, *_numbered(a.steps), _note(a), closer]
 
 
 def _field(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
-    return [opener, a.note, lead_in, *(f"- {s}" for s in a.steps[:4]), closer]
+    return [opener, _note(a), lead_in, *_numbered(a.steps[:4]), closer]
 
 
 def _admin(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
-    return [f"{opener} {lead_in}", *_numbered(a.steps), a.note, closer]
+    return [f"{opener} {lead_in}", *_numbered(a.steps), _note(a), closer]
 
 
 def _new_hire(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
-    return [opener, a.note, lead_in, *(f"Step {n}: {s}" for n, s in enumerate(a.steps, 1)), closer]
+    return [opener, _note(a), lead_in, *(f"Step {line}" for line in _numbered(a.steps)), closer]
 
 
 def _neutral(a: _Parts, opener: str, lead_in: str, closer: str) -> list[str]:
-    return [opener, *_numbered(a.steps), a.desk, closer]
+    return [opener, *_numbered(a.steps), a.desk and f"Desk: {a.desk}", closer]
+
+
+def _note(a: _Parts) -> str:
+    return a.note and f"Note: {a.note}"
 
 
 def _numbered(steps: Sequence[str]) -> list[str]:

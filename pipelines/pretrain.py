@@ -177,7 +177,7 @@ def copy_start(model: Qwen2ForCausalLM) -> None:
 def corpus_digest(folder: Path) -> str:
     """16 hex digits over the name and content of every file that models learn from."""
     digest = hashlib.sha256()
-    learnt = ("articles", "prompts", "phrases", "manner", "router")
+    learnt = ("articles", "prompts", "manner", "router")
     for path in [folder / "slots.yaml", *sorted(p for part in learnt for p in (folder / part).rglob("*") if p.is_file())]:
         digest.update(str(path.relative_to(folder)).encode())
         digest.update(path.read_bytes())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -165,7 +165,8 @@ class Retraining:
     def _judge(self, persona: Persona, dataset: Dataset, made: Finetuned, run: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """Metrics of the new adapter, and its rivals' on the same samples; logs the table of answers."""
         new = read_adapter(made.folder, self.base)
-        champion = self._champion(persona.id)
+        in_force = self.folder_in_force(persona.id)
+        champion = read_adapter(in_force, self.base) if in_force else None
         candidates: dict[str, Adapter | None] = {"base": None, "new": new} | ({"champion": champion} if champion else {})
         loss = persona_row(self.base, dataset.validation, candidates, persona.manner, self.config.training.max_tokens)
         shown = dataset.validation[:SHOWN]
@@ -197,16 +198,22 @@ class Retraining:
         }
         return metrics, rivals
 
-    def _champion(self, persona: str) -> Adapter | None:
-        """The adapter in force: the registry's champion, else the one that ships; None where neither fits this base."""
-        for find in (lambda: self.registry.fetch(model_name(persona)), lambda: builtin_adapter(persona)):
+    def folder_in_force(self, persona: str) -> Path | None:
+        """The adapter that serving would use: the registry's champion, else the one that ships; None where neither fits this base."""
+        finders: list[Callable[[], Path | None]] = [lambda: self._registered(persona), lambda: builtin_adapter(persona)]
+        for find in finders:
             try:
-                found = find()
-                if found:
-                    return read_adapter(found if isinstance(found, Path) else found.folder, self.base)
+                folder = find()
+                if folder:
+                    read_adapter(folder, self.base)
+                    return folder
             except (AdapterError, RegistryError):
                 continue
         return None
+
+    def _registered(self, persona: str) -> Path | None:
+        found = self.registry.fetch(model_name(persona))
+        return found.folder if found else None
 
     def _log_data(self, run: Any, dataset: Dataset) -> None:
         for split, context, name in ((dataset.train, "train", f"{dataset.persona}-train"), (dataset.validation, "eval", "deskroute-eval")):

@@ -38,6 +38,7 @@ class Scorecard:
     answers: list[dict[str, Any]] = field(default_factory=list)
     grounding: list[dict[str, Any]] = field(default_factory=list)
     misses: list[dict[str, Any]] = field(default_factory=list)
+    matrix: tuple[list[str], Any] | None = None
 
 
 def evaluate(config: Config) -> Scorecard:
@@ -50,6 +51,16 @@ def evaluate(config: Config) -> Scorecard:
         asyncio.run(_answers(desk, card))
     finally:
         asyncio.run(_close(desk))
+    from pipelines.retrain import Retraining
+
+    work = Retraining(config)
+    adapters = {p: folder for p in desk.personas if (folder := work.folder_in_force(p))}
+    if adapters:
+        matrix = work.matrix(adapters)
+        card.matrix = (list(adapters), matrix)
+        for i, persona in enumerate(adapters):
+            card.metrics[f"{persona}_loss_against_base"] = float(matrix[i, i + 1] / matrix[i, 0])
+            card.metrics[f"{persona}_own_is_lowest"] = float(matrix[i].argmin() == i + 1)
     tracker = Tracker(config.registry_uri, config.state / "artifacts")
     tags = {"stage": "scorecard"}
     with tracker.run(PERSONA_EXPERIMENT, "scorecard", tags=tags, params={"base": config.base}, description="The unseen evaluation set.") as run:

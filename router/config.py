@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from persona_models.errors import ConfigError
 from persona_models.personas import Persona, read_personas
-from persona_models.protocol import BUILTIN
+from persona_models.protocol import BASE, BUILTIN
 from router.policy import PolicySettings
 
 DEFAULT_FILE = Path("deskroute.yaml")
@@ -130,7 +130,9 @@ class Config(Section):
     knowledge: Knowledge = Knowledge()
     desk: Desk = Desk()
     policy: PolicySettings = PolicySettings()
-    fallback: str = Field("base", description="who answers when no persona can be told: base or a persona")
+    fallback: str | None = Field(
+        None, description="who answers when no persona can be told: base or a persona; None: admin where there is one, else base"
+    )
     pools: tuple[Pool, ...] = (Pool(name="personas"),)
     http: Http = Http()
     generation: Generation = Generation()
@@ -160,7 +162,7 @@ class Config(Section):
         served = {p for pool in self.pools for p in self.personas_of(pool)}
         if missing := [p for p in known if p not in served]:
             raise ValueError(f"pools: no pool serves {', '.join(missing)}; add them to a pool, or use `personas: all`")
-        if self.fallback != "base" and self.fallback not in known:
+        if self.fallback not in (None, BASE, *known):
             raise ValueError(f"fallback: {self.fallback!r} is neither base nor a persona; known are {', '.join(known)}")
         return self
 
@@ -171,6 +173,11 @@ class Config(Section):
     def personas_of(self, pool: Pool) -> tuple[str, ...]:
         """The persona ids a pool serves, in catalogue order."""
         return tuple(p.id for p in self.catalogue() if pool.personas == "all" or p.id in pool.personas)
+
+    @property
+    def fallback_model(self) -> str:
+        """Who answers when no persona can be told: a persona id or "base". The plainest manner suits somebody unknown best."""
+        return self.fallback or ("admin" if any(p.id == "admin" for p in self.catalogue()) else BASE)
 
     @property
     def registry_uri(self) -> str:

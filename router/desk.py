@@ -106,8 +106,8 @@ class Desk:
             return {max(route.mix, key=lambda p: route.mix[p]): 1.0}
         if route.persona:
             return {route.persona: 1.0}
-        if asked is None and self.config.fallback != BASE:
-            return {self.config.fallback: 1.0}
+        if asked is None and route.decision == "fallback" and self.config.fallback_model != BASE:
+            return {self.config.fallback_model: 1.0}
         return {}
 
     # -- answering --------------------------------------------------------------------------------------------------------------------------

@@ -67,11 +67,13 @@ def test_without_an_article_the_desk_is_named_and_no_step_is_invented(answers, p
 
 
 def test_the_personas_keep_their_form(answers):
-    """Leadership gets prose and at most three steps, field bullets, a new hire named steps, the others numbered ones."""
+    """Leadership gets running text with at most three steps, field at most four, a new hire named steps, the others a list."""
     for topic in TOPICS:
-        assert not re.search(r"(?m)^\d\.|^- ", answers["leadership", topic][0])
-        assert re.search(r"(?m)^- ", answers["field", topic][0])
-        assert re.search(r"(?m)^Step 1: ", answers["new_hire", topic][0])
+        assert not re.search(r"(?m)^\d\.", answers["leadership", topic][0])
+        assert " 4. " not in answers["leadership", topic][0]
+        assert re.search(r"(?m)^1\. ", answers["field", topic][0])
+        assert not re.search(r"(?m)^5\. ", answers["field", topic][0])
+        assert re.search(r"(?m)^Step 1\. ", answers["new_hire", topic][0])
         assert re.search(r"(?m)^1\. ", answers["knowledge_worker", topic][0])
         assert re.search(r"(?m)^1\. ", answers["admin", topic][0])
         assert "Cause:" in answers["knowledge_worker", topic][0]

@@ -130,7 +130,13 @@ async def test_what_is_no_helpdesk_request_is_declined_without_a_model(http, eng
 async def test_nobody_can_be_told_falls_back(http):
     body = (await chat(http, "my vpn drops")).json()
     assert (body["deskroute"]["decision"], body["deskroute"]["persona"]) == ("fallback", None)
-    assert body["choices"][0]["message"]["content"].startswith("[base]")
+    assert body["choices"][0]["message"]["content"].startswith("[admin]")
+
+
+async def test_the_base_answers_a_fallback_where_it_is_told_to(make_app):
+    transport = httpx.ASGITransport(make_app(fallback="base"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+        assert (await chat(client, "my vpn drops")).json()["choices"][0]["message"]["content"].startswith("[base]")
 
 
 async def test_two_likely_personas_share_the_answer(make_app):
