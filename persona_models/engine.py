@@ -154,14 +154,14 @@ class PersonaEngine:
 
     def _row(self, request: GenerateRequest, emit: Callable[[TokenEvent | BaseException], None]) -> _Row:
         lead = max(request.gate, key=lambda p: request.gate[p]) if request.gate else ""
-        # An answer needs room: at least 16 tokens are kept for it, at most what was asked.
-        most = min(request.max_tokens, self.base.context_tokens // 2)
+        # A quarter of the context is kept for the answer, unless less was asked for; a short prompt leaves it more.
+        least = min(request.max_tokens, self.base.context_tokens // 4)
         prompt, _ = fit_prompt(
             self.base.tokenizer,
             request.messages,
             document=request.document,
             manner=self.manners.get(lead, ""),
-            room_tokens=self.base.context_tokens - most,
+            room_tokens=self.base.context_tokens - least,
         )
         row = _Row(request, prompt, min(request.max_tokens, self.base.context_tokens - len(prompt)), emit)
         if request.temperature >= COLDEST:

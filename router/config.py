@@ -85,7 +85,7 @@ class Http(Section):
 class Generation(Section):
     """Defaults where a request does not say."""
 
-    max_tokens: int = Field(400, ge=1)
+    max_tokens: int = Field(512, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
     engine: Literal["model", "fake"] = Field("model", description="fake: a deterministic stand-in without weights, for trying clients")
 
