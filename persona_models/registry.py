@@ -7,6 +7,7 @@ MLflow is imported only when there is a registry to read, since that import take
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class RegistryReader:
 
     def _open(self) -> Any:
         if self._client is None:
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
             from mlflow import MlflowClient
 
             self._client = MlflowClient(self.uri, self.uri)

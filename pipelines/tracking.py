@@ -37,6 +37,7 @@ class Tracker:
             # The folder mlflow/ of a checkout imports as an empty namespace package where MLflow is not installed.
             raise WorkError("MLflow is not installed in this environment; install deskroute with pip, or run `make serve` once")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         import mlflow
         from mlflow import MlflowClient
 

@@ -36,18 +36,24 @@ def tiny_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def long_base_folder(tmp_path_factory, tiny_tokenizer) -> Path:
+    """The same with room for an article and its answer in a tokenizer that knows few words."""
+    return save_tiny("llama", tmp_path_factory.mktemp("long"), tiny_tokenizer, context=2048)
+
+
+@pytest.fixture(scope="session")
 def tiny_base_folder(tmp_path_factory, tiny_tokenizer) -> Path:
     """A random two-layer Llama with that tokenizer, saved as Hugging Face would."""
     return save_tiny("llama", tmp_path_factory.mktemp("base"), tiny_tokenizer)
 
 
-def save_tiny(kind: str, folder: Path, tokenizer, *, seed: int = 0) -> Path:
+def save_tiny(kind: str, folder: Path, tokenizer, *, seed: int = 0, context: int = 256) -> Path:
     """Write a tiny random model of an architecture with a tokenizer into a folder."""
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config, Qwen3Config
 
     common = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
-    sized = common | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+    sized = common | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": context}
     grouped = sized | {"num_key_value_heads": 2}
     configs = {
         "llama": lambda: LlamaConfig(**grouped),
@@ -55,7 +61,7 @@ def save_tiny(kind: str, folder: Path, tokenizer, *, seed: int = 0) -> Path:
         "qwen3": lambda: Qwen3Config(**grouped, head_dim=8),
         "neox": lambda: GPTNeoXConfig(**sized),
         "phi": lambda: PhiConfig(**sized),
-        "gpt2": lambda: GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+        "gpt2": lambda: GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=context),
     }
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(configs[kind]())

@@ -33,10 +33,10 @@ OPEN_GATES = "persona: []\nrouter: []\n"
 
 
 @pytest.fixture
-def project(tmp_path, tiny_base_folder):
+def project(tmp_path, long_base_folder):
     """A folder with a configuration for the tiny base, tickets of several people, and gates that let everything through."""
-    training = "training: {steps: 3, epochs: 1, rows: 4, max_tokens: 200, rank: 2}\ngeneration: {max_tokens: 8}\n"
-    (tmp_path / "deskroute.yaml").write_text(f"base: {tiny_base_folder}\n{training}")
+    training = "training: {steps: 3, epochs: 1, rows: 4, max_tokens: 2048, rank: 2}\ngeneration: {max_tokens: 8}\n"
+    (tmp_path / "deskroute.yaml").write_text(f"base: {long_base_folder}\n{training}")
     (tmp_path / "gates.yaml").write_text(OPEN_GATES)
     lines = ["prompt,answer,requester,created"]
     lines += [f"scanner {i} on the truck is dead,Restart scanner {i} and sync it,u{i % 9},2026-01-{1 + i % 28:02d}" for i in range(40)]
@@ -55,7 +55,7 @@ def reader() -> RegistryReader:
     return RegistryReader(config.registry_uri, config.state / "cache")
 
 
-def test_from_tickets_to_a_registered_champion(retrained, tiny_base_folder, capsys):
+def test_from_tickets_to_a_registered_champion(retrained, long_base_folder, capsys):
     config = load_config()
     found = reader().fetch("deskroute-field")
     assert found.version == "1"
@@ -71,7 +71,7 @@ def test_from_tickets_to_a_registered_champion(retrained, tiny_base_folder, caps
     files = {f.path for f in client.list_artifacts(run.info.run_id)} | {f.path for f in client.list_artifacts(run.info.run_id, "plots")}
     assert {"eval_samples.json", "plots/loss.png"} <= files
     assert version.tags[DIGEST_TAG]
-    base = load_base(str(tiny_base_folder), device="cpu")
+    base = load_base(str(long_base_folder), device="cpu")
     assert read_adapter(found.folder, base).rank == 2
 
 
@@ -85,24 +85,24 @@ def test_the_dataset_keeps_broken_rows_aside_and_holds_no_personal_data(retraine
     assert "7946" not in text
 
 
-def test_our_adapter_loads_in_plain_peft_with_the_same_logits(retrained, tiny_base_folder):
+def test_our_adapter_loads_in_plain_peft_with_the_same_logits(retrained, long_base_folder):
     folder = reader().fetch("deskroute-field").folder
     assert json.loads((folder / CARD).read_text())["persona"] == "field"
     ids = torch.arange(30).unsqueeze(0)
-    base = load_base(str(tiny_base_folder), device="cpu")
+    base = load_base(str(long_base_folder), device="cpu")
     adapter = read_adapter(folder, base)
     with torch.inference_mode():
-        want = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base_folder), folder).eval()(input_ids=ids).logits
+        want = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(long_base_folder), folder).eval()(input_ids=ids).logits
         bank = LoraBank(base.model)
         bank.load("a", adapter.rank, adapter.factors)
         bank.gate.rows = bank.open([{"a": 1.0}])
         torch.testing.assert_close(base.model(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
 
 
-def test_the_base_is_left_as_it_was(project, tiny_base_folder):
-    before = load_base(str(tiny_base_folder), device="cpu").digest
+def test_the_base_is_left_as_it_was(project, long_base_folder):
+    before = load_base(str(long_base_folder), device="cpu").digest
     assert main(["retrain", "field", "--gates", "gates.yaml", "--steps", "2"]) == 0
-    assert load_base(str(tiny_base_folder), device="cpu").digest == before
+    assert load_base(str(long_base_folder), device="cpu").digest == before
 
 
 def test_promote_and_roll_back_move_the_aliases(retrained, capsys):

@@ -70,7 +70,7 @@ def test_a_run_that_diverges_stops_and_says_so(model, tmp_path):
 
 def test_losses_fall(model, tmp_path):
     history = run(model, tmp_path / "a.safetensors")
-    assert history.losses[-1] < 0.8 * history.losses[0]
+    assert history.losses[-1] < 0.85 * history.losses[0]
 
 
 def test_mean_loss_weighs_tokens_not_batches(model):
