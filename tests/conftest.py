@@ -53,7 +53,13 @@ def save_tiny(kind: str, folder: Path, tokenizer, *, seed: int = 0, context: int
     from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config, Qwen3Config
 
     common = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
-    sized = common | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": context}
+    sized = common | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": context,
+    }
     grouped = sized | {"num_key_value_heads": 2}
     configs = {
         "llama": lambda: LlamaConfig(**grouped),

@@ -71,7 +71,9 @@ def test_every_file_says_what_it_does(path):
 @pytest.mark.parametrize("module", ["persona_models.fake_engine", "persona_models.protocol", "router.desk", "router.ingress", "pipelines.cli"])
 def test_the_gateway_loads_without_torch(module):
     """Importing the front door must not cost seconds of torch, nor need it."""
-    code = f"import sys, {module}; heavy = [m for m in ('torch', 'transformers', 'mlflow', 'ray') if m in sys.modules]; sys.exit(', '.join(heavy) or 0)"
+    code = (
+        f"import sys, {module}; heavy = [m for m in ('torch', 'transformers', 'mlflow', 'ray') if m in sys.modules]; sys.exit(', '.join(heavy) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -74,7 +74,8 @@ class Server:
         self.log = folder / "log"
         command = [sys.executable, "-m", "pipelines.cli", "serve", "--port", str(self.port)]
         env |= {"PYTHONPATH": str(ROOT), "DESKROUTE_HOME": str(folder / "state")}
-        self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def wait(self) -> str:
         deadline = time.monotonic() + 180
