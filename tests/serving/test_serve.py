@@ -138,6 +138,20 @@ def test_every_persona_answers_and_ends_by_itself(client, persona):
     assert answer.model_extra["deskroute"]["versions"] == {persona: "builtin"}
 
 
+def test_the_readmes_program_runs_as_it_stands(server, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    program = re.search(r"(?s)```python\n(.*?)```", readme)[1].replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+    names: dict = {}
+    try:
+        exec(program, names)
+    finally:
+        names["client"].close()
+    printed = capsys.readouterr().out
+    shown = re.search(r"(?s)<!-- begin:answer -->\n```text\n(.*?)```", readme)[1]
+    assert printed.splitlines()[-1].startswith("field [{'id': 'vpn'")
+    assert printed == shown
+
+
 def test_the_base_answers_and_an_unknown_model_is_a_404(client):
     base = client.chat.completions.create(model="base", messages=[{"role": "user", "content": "the printer is stuck"}], max_tokens=30)
     assert base.choices[0].message.content
