@@ -225,7 +225,8 @@ async def test_a_full_queue_refuses_and_says_how_long_it_is(tiny_base_folder):
     running = [engine.generate(ask("a", max_tokens=200))]
     await anext(running[0])
     waiting = asyncio.create_task(collect(engine, ask("b", max_tokens=2)))
-    await asyncio.sleep(0)
+    while engine.status().queued < 1:
+        await asyncio.sleep(0.001)
     with pytest.raises(QueueFullError, match="all 1 rows are busy and 1 requests wait"):
         await collect(engine, ask("c"))
     await running[0].aclose()
