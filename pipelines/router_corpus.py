@@ -13,10 +13,9 @@ from pathlib import Path
 import yaml
 
 from persona_models.errors import InputError, WorkError
+from pipelines.compose import HELD_OUT
 from router.article import Article, read_article
 from router.features import Profile, Query
-
-HELD_OUT = "held_"  # voices whose names begin so are never trained on
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,9 @@ async def test_a_full_queue_refuses_and_says_how_long_it_is(tiny_base_folder):
     running = [engine.generate(ask("a", max_tokens=200))]
     await anext(running[0])
     waiting = asyncio.create_task(collect(engine, ask("b", max_tokens=2)))
-    while engine.status().queued < 1:
+    for _ in range(500):
+        if engine.status().queued:
+            break
         await asyncio.sleep(0.001)
     with pytest.raises(QueueFullError, match="all 1 rows are busy and 1 requests wait"):
         await collect(engine, ask("c"))
