@@ -18,6 +18,7 @@ import yaml
 
 from persona_models.errors import WorkError
 from persona_models.protocol import Message
+from pipelines import coinage
 from router.article import Article, Step, fill, handover_document, read_article, slots_in
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -108,8 +109,12 @@ class Corpus:
 
 
 WORDINGS = ("plain", "short", "full")
-# Share of composed conversations whose article has the steps of others, so that an answer must be read off the article.
-SCRAMBLED = 0.35
+# Share of composed conversations whose article has the steps of others, so that an answer must be read off the article, and how many steps it has.
+SCRAMBLED = 0.4
+N_STEPS = (2, 3, 4, 4, 5, 5, 6, 7, 8)
+# Share of made-up words among those exchanged, and of slots that get a made-up value.
+COINED = 0.4
+COINED_SLOTS = 0.25
 # Shares of the kinds of conversation among the composed ones.
 KINDS = {"article": 0.82, "handover": 0.1, "still": 0.05, "thanks": 0.03}
 
@@ -142,24 +147,31 @@ class Composer:
         text = " ".join(" ".join([*(st.say(w) for st in a.steps for w in WORDINGS), *a.notes.values(), a.cause]) for a in self.articles.values())
         return sorted({w for w in text.split() if "{" not in w and "}" not in w})
 
-    def _scrambled(self, article: Article, rng: random.Random) -> Article:
-        """The article with steps of other articles and some words exchanged: the prompt no longer tells what the steps will be."""
-        donors = [rng.choice(list(self.articles.values())) for _ in article.steps]
+    def _scrambled(self, article: Article, persona: str, rng: random.Random) -> Article:
+        """The article with subject, cause, steps and note of other articles and some words exchanged: the prompt no longer tells what will be said."""
+        others = list(self.articles.values())
+        donors = [rng.choice(others) for _ in range(rng.choice(N_STEPS))]
+        told, warned = rng.choice(others), rng.choice(others)
+        share = rng.choice((0.06, 0.12, 0.25))
 
         def swap(text: str) -> str:
-            return " ".join(rng.choice(self._words) if rng.random() < 0.12 and "{" not in w else w for w in text.split())
+            return " ".join(self._other_word(rng) if rng.random() < share and "{" not in w else w for w in text.split())
 
         steps = tuple(Step(swap(rng.choice(d.steps).say(rng.choice(WORDINGS)))) for d in donors)
-        slots = {k: v for d in (article, *donors) for k, v in d.slots.items()}
-        return replace(article, steps=steps, slots=slots, order={})
+        slots = {k: v for d in (article, told, warned, *donors) for k, v in d.slots.items()}
+        notes = {persona: swap(warned.notes[persona])} if persona in warned.notes else {}
+        return replace(article, subject=swap(told.subject), cause=swap(told.cause), steps=steps, notes=notes, slots=slots, order={})
+
+    def _other_word(self, rng: random.Random) -> str:
+        return coinage.word(rng) if rng.random() < COINED else rng.choice(self._words)
 
     def compose(self, prompt: Prompt, persona: str, kind: str, rng: random.Random, *, vary: bool = True) -> Example:
         """One conversation about a prompt. vary=False keeps the article as it is served."""
         article = self.articles[prompt.topic]
         if vary and rng.random() < SCRAMBLED:
-            article = self._scrambled(article, rng)
+            article = self._scrambled(article, persona, rng)
         manner = self.corpus.manner[persona]
-        values = {k: rng.choice(v) if vary else v[0] for k, v in (self.corpus.slots | dict(article.slots)).items()}
+        values = {k: self._value(v, rng) if vary else v[0] for k, v in (self.corpus.slots | dict(article.slots)).items()}
         reader = None if persona == NEUTRAL else persona
         shown = _varied(article, reader, rng) if vary else article
         wording = rng.choice(WORDINGS) if vary and rng.random() < 0.4 else None
@@ -176,6 +188,11 @@ class Composer:
             messages += [Message("assistant", answer), Message("user", rng.choice(self.corpus.follow_ups[kind]))]
             answer = _pick(getattr(manner, kind), values, document, rng)
         return Example(tuple(messages), document, answer, persona, prompt.topic, kind)
+
+    def _value(self, options: Sequence[str], rng: random.Random) -> str:
+        if rng.random() >= COINED_SLOTS:
+            return rng.choice(options)
+        return coinage.number(rng) if options[0].replace(" ", "").isdigit() else coinage.word(rng)
 
     def _answer(self, persona: str, document: str, values: Mapping[str, str], rng: random.Random) -> str:
         manner = self.corpus.manner[persona]

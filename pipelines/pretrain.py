@@ -38,7 +38,7 @@ class PretrainSettings:
     heads: int = 4
     mlp: int = 640
     context_tokens: int = 1024
-    steps: int = 2000
+    steps: int = 4000
     rows: int = 8
     lr: float = 2e-3
     seed: int = 7
