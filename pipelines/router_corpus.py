@@ -6,16 +6,19 @@ Knows nothing of features or models.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from persona_models.errors import InputError, WorkError
 from pipelines.compose import HELD_OUT
 from router.article import Article, read_article
 from router.features import Profile, Query
+
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,17 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Titles:
+    """Job titles and departments by persona. Who has been there for fewer than `first_days` is of `newcomers`, whatever the title, save `lasting`."""
+
+    titles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    departments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    newcomers: str = ""
+    first_days: int = 0
+    lasting: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RouterData:
     """The router's corpus. `prompts` have a topic; `personal` have none, some of them a profile; `neutral` give nobody away."""
 
@@ -53,6 +67,9 @@ class RouterData:
     personal: tuple[Labelled, ...]
     neutral: tuple[Labelled, ...]
     out_of_domain: tuple[Labelled, ...]
+    uncovered: tuple[Labelled, ...] = ()  # requests that no article covers; `topic` holds their subject
+    odd: tuple[Labelled, ...] = ()  # requests that look like none
+    titles: Titles = field(default_factory=Titles)
     phrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # topic -> words and turns by which people speak of it
 
 
@@ -78,8 +95,26 @@ def read_router_corpus(corpus_dir: Path, personas: Sequence[str] = ()) -> Router
         personal=tuple(personal),
         neutral=tuple(_rows(router / "neutral.jsonl", personas)),
         out_of_domain=tuple(_rows(router / "out_of_domain.jsonl", personas)),
+        uncovered=tuple(_rows(router / "uncovered.jsonl", personas)),
+        odd=tuple(_rows(router / "odd_requests.jsonl", personas)),
+        titles=_titles(router / "titles.yaml", personas),
         phrases={p.stem: _lines(p) for p in sorted((corpus_dir / "phrases").glob("*.txt")) if p.stem in known},
     )
+
+
+def seen(rows: Sequence[Labelled]) -> list[Labelled]:
+    """The rows of the training voices."""
+    return [r for r in rows if not r.held_out]
+
+
+def folds(groups: Sequence[str], seed: int) -> Iterator[np.ndarray]:
+    """Masks (N,) of up to FOLDS disjoint parts, every group (a voice, a subject) whole in one of them."""
+    names = sorted(set(groups))
+    order = np.random.default_rng(seed).permutation(len(names))
+    part = {name: int(order[i]) % min(FOLDS, len(names)) for i, name in enumerate(names)}
+    parts = np.array([part[g] for g in groups])
+    for n in range(min(FOLDS, len(names))):
+        yield parts == n
 
 
 def _rows(path: Path, personas: Sequence[str], *, needs_persona: bool = False) -> list[Labelled]:
@@ -102,7 +137,17 @@ def _rows(path: Path, personas: Sequence[str], *, needs_persona: bool = False) -
         if not text or (needs_persona and personas and persona not in personas):
             raise WorkError(f"{path}:{n}: empty text, or {persona!r} is no persona of the catalogue ({', '.join(personas)})")
         voice = str(row.get("voice") or f"{path.stem}_{n}")
-        rows.append(Labelled(text, voice, persona, register=str(row.get("register", "")), kind=str(row.get("kind", "")), profile=profile))
+        rows.append(
+            Labelled(
+                text,
+                voice,
+                persona,
+                str(row.get("subject", "")),
+                register=str(row.get("register", "")),
+                kind=str(row.get("kind", "")),
+                profile=profile,
+            )
+        )
     return rows
 
 
@@ -111,6 +156,21 @@ def _lines(path: Path) -> tuple[str, ...]:
         return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as e:
         raise WorkError(f"{path}: cannot be read: {e}") from None
+
+
+def _titles(path: Path, personas: Sequence[str]) -> Titles:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        rule = raw["newcomers"]
+        titles, departments = ({str(p): tuple(str(t) for t in found) for p, found in raw[key].items()} for key in ("titles", "departments"))
+        read = Titles(titles, departments, str(rule["persona"]), int(rule["first_days"]), tuple(str(p) for p in rule["except"]))
+    except FileNotFoundError:
+        return Titles()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise WorkError(f"{path}: must hold `titles` and `departments` by persona and the rule for `newcomers` ({e})") from None
+    if strangers := {*read.titles, *read.departments, read.newcomers, *read.lasting} - set(personas or read.titles):
+        raise WorkError(f"{path}: {', '.join(sorted(strangers))}: no persona of the catalogue ({', '.join(personas)})")
+    return read
 
 
 def _first_values(path: Path) -> dict[str, str]:

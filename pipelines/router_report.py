@@ -115,7 +115,8 @@ def _measure_retrieval(
 ) -> tuple[dict[str, float], list[tuple[str, str, int]]]:
     asked = [r for r in data.prompts if r.held_out]
     strangers = [r for r in data.out_of_domain if r.held_out]
-    bar, scores = knowledge.calibration.threshold, knowledge.calibration.scores
+    uncovered = [r for r in data.uncovered if r.held_out]
+    bar = knowledge.calibration.threshold
     metrics: dict[str, float] = {}
     wrong: Counter[tuple[str, str]] = Counter()
     if asked:
@@ -124,20 +125,20 @@ def _measure_retrieval(
         label = np.array([row_of[r.topic] for r in asked])
         order = np.argsort(-products, axis=1, kind="stable")
         first = order[:, 0] == label
-        best = np.array([scores(p).max() for p in products])
-        struck = np.array([scores(np.delete(p, own)).max() if len(p) > 1 else 0.0 for p, own in zip(products, label, strict=True)])
+        best = np.array([knowledge.match(r.text, 1)[0].score for r in asked])
         metrics |= {
             "retrieval_top1": float(first.mean()),
             "retrieval_top3": float((order[:, :3] == label[:, None]).any(axis=1).mean()),
             "article_lost": float((best[first] < bar).mean()) if first.any() else 0.0,
             "right_article_served": float((first & (best >= bar)).mean()),
             "wrong_article_served": float((~first & (best >= bar)).mean()),
-            "no_article_when_struck_out": float((struck < bar).mean()),
         }
         for i in np.flatnonzero(~first):
             found = knowledge.articles[order[i, 0]].id
             wrong[asked[i].topic, found] += 1
             errors.append({"kind": "article", "text": asked[i].text, "is": asked[i].topic, "got": found, "confidence": float(best[i])})
+    if uncovered:
+        metrics["no_article_uncovered"] = float(np.mean([knowledge.best(r.text) is None for r in uncovered]))
     if strangers:
         metrics["no_article_out_of_domain"] = float(np.mean([knowledge.best(r.text) is None for r in strangers]))
     return metrics, [(topic, found, n) for (topic, found), n in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))]

@@ -12,33 +12,31 @@ import json
 import os
 import shutil
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 
 from persona_models.errors import WorkError
-from pipelines.router_corpus import Labelled, RouterData, read_router_corpus
+from pipelines.router_corpus import FOLDS, Labelled, RouterData, Titles, folds, read_router_corpus, seen
 from pipelines.router_report import RouterReport, measure
+from pipelines.train_knowledge import fit_knowledge
 from router.classifier import MANIFEST, PersonaClassifier, sigmoid, softmax
-from router.features import FeatureSpace, TextSpace
-from router.knowledge import Calibration, KnowledgeBase, article_vectors, text_of
+from router.features import FeatureSpace, Profile, TextSpace
+from router.knowledge import KnowledgeBase
 
-FOLDS = 8
 # Strength of the fits (scikit-learn's C) and of the pull of term weights towards 1; chosen on voices left out of training.
 PERSONA_C = 3.0
 IN_DOMAIN_C = 30.0
 PROFILE_WEIGHT = 2.0
-TERM_PULL = 1.0
+PROFILES_PER_TITLE = 2
 # What calibration may cost: the share of real requests declined, and of right articles withheld.
 MAX_FALSE_DECLINES = 0.01
-MAX_LOST_ARTICLES = 0.01
-PHRASES_IN_A_TEXT = 6
 
 
 def train_router(corpus_dir: Path, out_dir: Path, personas: Sequence[str], seed: int = 0) -> RouterReport:
@@ -57,87 +55,53 @@ def train_router(corpus_dir: Path, out_dir: Path, personas: Sequence[str], seed:
 
 def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> PersonaClassifier:
     """Fit the persona model and the in-domain model, calibrate both on scores of voices left out. Raises WorkError for a persona without prompts."""
-    rows = _seen((*data.prompts, *data.personal))
+    rows = [*seen((*data.prompts, *data.personal)), *_profiles(data.titles, seed)]
     queries = [r.query for r in rows]
     missing = set(personas) - {r.persona for r in rows}
     if missing:
         raise WorkError(f"the corpus has no training prompts for {', '.join(sorted(missing))}; add some under prompts/ or router/persona.jsonl")
-    neutral = _seen(data.neutral)
-    strangers = _seen(data.out_of_domain)
-    everybody = list(dict.fromkeys(r.text for r in (*rows, *neutral, *strangers)))
+    neutral = seen(data.neutral)
+    strangers = seen(data.out_of_domain)
+    odd = seen((*data.odd, *data.uncovered))
+    everybody = list(dict.fromkeys(r.text for r in (*rows, *neutral, *odd, *strangers)))
     space = FeatureSpace.fit(queries, TextSpace.fit(everybody), profile_weight=PROFILE_WEIGHT)
     label = np.array([list(personas).index(r.persona) for r in rows])
     # What came with a profile says nothing by itself ("is the wifi down?"): without it, it is one more neutral text. Taught with its sender's
     # persona instead, it only adds noise: 0.19 of such texts from unseen authors were right, no better than chance.
-    x, undecided = space.rows(queries), space.rows(r.text_only for r in (*neutral, *(r for r in rows if r.profile)))
+    x, undecided = space.rows(queries), space.rows(r.text_only for r in (*neutral, *(r for r in rows if r.profile and r.text)))
 
     unseen = np.zeros((len(rows), len(personas)))
-    for fold in _folds([r.voice for r in rows], seed):
+    for fold in folds([r.voice for r in rows], seed):
         w, b = _fit_personas(x[~fold], label[~fold], undecided, len(personas))
         unseen[fold] = x[fold] @ w + b
     temperature = _temperature(unseen, label)
     weights, bias = _fit_personas(x, label, undecided, len(personas))
 
-    request = np.array([1] * (len(rows) + len(neutral)) + [0] * len(strangers))
+    requests = [r for r in (*rows, *neutral, *odd) if r.text]
+    request = np.array([1] * len(requests) + [0] * len(strangers))
     inside, inside_bias, threshold = np.zeros(len(space)), 10.0, 0.0
     if strangers and len({r.voice for r in strangers}) > 1:
-        texts = [*rows, *neutral, *strangers]
-        inside, inside_bias, threshold = _fit_in_domain(space, texts, request, seed)
+        inside, inside_bias, threshold = _fit_in_domain(space, [*requests, *strangers], request, seed)
     return PersonaClassifier(space, personas, np.column_stack([weights, inside]), np.append(bias, inside_bias), temperature, threshold)
 
 
-def fit_knowledge(data: RouterData, seed: int = 0) -> KnowledgeBase:
-    """Index the articles with the prompts of the training voices; learn one weight per term and the calibration of scores."""
-    seen = _seen(data.prompts)
-    values, articles = data.values, data.articles
-    phrases = [Labelled(text, "phrases", topic=topic) for topic, lines in data.phrases.items() for text in _grouped(lines)]
-    everything = [*(text_of(a, values) for a in articles), *(r.text for r in (*seen, *phrases))]
-    space = TextSpace.fit(everything, min_grams=2, max_words=30_000, max_grams=30_000)
-    row_of = {a.id: i for i, a in enumerate(articles)}
-    label = np.array([row_of[r.topic] for r in seen])
-    x = space.rows(r.text for r in seen) / np.sqrt(2.0)
-    folds = []
-    for fold in _folds([r.voice for r in seen], seed):
-        others = _by_topic([*(r for r, out in zip(seen, fold, strict=True) if not out), *phrases])
-        folds.append((fold, article_vectors(articles, others, space, values)))
-    weights, sharpness = _term_weights(x, label, folds)
-
-    unseen = np.zeros((len(seen), len(articles)))
-    for fold, vectors in folds:
-        unseen[fold] = (x[fold] @ vectors.multiply(weights).T).toarray()
-    own = x.multiply(article_vectors(articles, {}, space, values)[label]) @ weights
-    gain = float(np.median(unseen[np.arange(len(seen)), label]) / max(float(np.median(own)), 1e-9))
-    start = Calibration(slope=sharpness, own_text_gain=gain)
-    knowledge = KnowledgeBase.build(articles, _by_topic([*seen, *phrases]), values=values, space=space, term_weights=weights, calibration=start)
-    strangers = [knowledge.products(r.text) for r in _seen(data.out_of_domain)]
-    knowledge.calibration = _calibrate(start, unseen, label, np.array(strangers).reshape(-1, len(articles)))
-    return knowledge
-
-
-def _seen(rows: Sequence[Labelled]) -> list[Labelled]:
-    return [r for r in rows if not r.held_out]
-
-
-def _grouped(lines: Sequence[str]) -> list[str]:
-    """Short phrases joined to texts about as long as a prompt; alone, a vector of length 1 would weigh each of its three words far too much."""
-    return [" ; ".join(lines[i : i + PHRASES_IN_A_TEXT]) for i in range(0, len(lines), PHRASES_IN_A_TEXT)]
-
-
-def _by_topic(rows: Sequence[Labelled]) -> dict[str, list[str]]:
-    texts: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        texts[row.topic].append(row.text)
-    return texts
-
-
-def _folds(voices: Sequence[str], seed: int) -> Iterator[np.ndarray]:
-    """Masks (N,) of up to FOLDS disjoint parts, every voice whole in one of them."""
-    names = sorted(set(voices))
-    order = np.random.default_rng(seed).permutation(len(names))
-    part = {name: int(order[i]) % min(FOLDS, len(names)) for i, name in enumerate(names)}
-    parts = np.array([part[v] for v in voices])
-    for n in range(min(FOLDS, len(names))):
-        yield parts == n
+def _profiles(titles: Titles, seed: int) -> list[Labelled]:
+    """Profiles composed of titles, departments and times with the company, without a text: whoever asks may ask anything."""
+    random = Random(seed)
+    rows = []
+    everywhere = [d for found in titles.departments.values() for d in found]
+    for persona, names in titles.titles.items():
+        departments = titles.departments.get(persona) or everywhere
+        lasting = persona in (*titles.lasting, titles.newcomers)
+        for name in names:
+            for _ in range(PROFILES_PER_TITLE):
+                new = random.random() < 0.2
+                days = random.randint(0, titles.first_days) if new else random.choice([None, random.randint(90, 400), random.randint(400, 6000)])
+                if persona == titles.newcomers:
+                    days = random.choice([None, random.randint(0, 60), random.randint(0, 300)])
+                profile = Profile(name, random.choice(["", random.choice(departments)]) if departments else "", days)
+                rows.append(Labelled("", f"titles_{len(rows) % FOLDS}", titles.newcomers if new and not lasting else persona, profile=profile))
+    return rows
 
 
 def _fit_personas(x: sparse.csr_matrix, label: np.ndarray, neutral: sparse.csr_matrix, n_personas: int) -> tuple[np.ndarray, np.ndarray]:
@@ -191,7 +155,7 @@ def _fit_in_domain(space: FeatureSpace, rows: Sequence[Labelled], request: np.nd
         return model.coef_[0], float(model.intercept_[0])
 
     unseen = np.zeros(len(rows))
-    for fold in _folds([r.voice for r in rows], seed):
+    for fold in folds([r.voice for r in rows], seed):
         if len(set(request[~fold])) == 2:
             w, b = fit(~fold)
             unseen[fold] = x[fold] @ w + b
@@ -201,64 +165,6 @@ def _fit_in_domain(space: FeatureSpace, rows: Sequence[Labelled], request: np.nd
     threshold = min(float(np.quantile(sigmoid(slope * unseen[request == 1] + shift), MAX_FALSE_DECLINES)), 0.5)
     w, b = fit(np.ones(len(rows), dtype=bool))
     return np.concatenate([w * slope, np.zeros(len(space) - space.n_text)]), b * slope + shift, threshold
-
-
-def _term_weights(x: sparse.csr_matrix, label: np.ndarray, folds: Sequence[tuple[np.ndarray, sparse.csr_matrix]]) -> tuple[np.ndarray, float]:
-    """One weight per term, (F,), and the sharpness that make the right article likeliest over all training prompts.
-
-    x: (N, F); every fold is a mask (N,) and the articles (A, F) indexed without its voices. Words that tell who writes, not about what, lose weight.
-    """
-    n_terms = x.shape[1]
-    parts = [(x[fold], x[fold].T.tocsr(), label[fold], vectors) for fold, vectors in folds]
-
-    def loss(log_weights: np.ndarray) -> tuple[float, np.ndarray]:
-        weights, sharp = np.exp(log_weights[:-1]), float(np.exp(log_weights[-1]))
-        total, slope, sharp_slope = 0.0, np.zeros(n_terms), 0.0
-        for rows, columns, right, vectors in parts:
-            products = (rows @ vectors.multiply(weights).T.tocsr()).toarray()
-            at = np.arange(len(right))
-            p = softmax(sharp * products)
-            total -= float(np.log(p[at, right].clip(1e-12)).sum())
-            p[at, right] -= 1.0
-            sharp_slope += float((p * products).sum()) * sharp
-            slope += np.asarray(vectors.multiply((columns @ p).T).sum(axis=0)).ravel()
-        pull = log_weights[:-1]
-        gradient = np.append(slope * sharp * weights + 2 * TERM_PULL * pull, sharp_slope)
-        return total + TERM_PULL * float(pull @ pull), gradient
-
-    start = np.append(np.zeros(n_terms), np.log(20.0))
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 40}).x
-    return np.exp(found[:-1]).astype(np.float32), float(np.exp(found[-1]))
-
-
-def _calibrate(start: Calibration, products: np.ndarray, label: np.ndarray, strangers: np.ndarray) -> Calibration:
-    """Fit the probability that the best article is right, and the score it needs.
-
-    products: (N, A) of prompts with an article, from an index without their voices. They serve twice: as they are, and with their own article struck
-    out, as requests that no article covers. strangers: (M, A) of texts that are no requests.
-    """
-    struck = products.copy()
-    struck[np.arange(len(label)), label] = -1.0
-    right = products.argmax(axis=1) == label
-    groups = [(_lead(products), right.astype(int)), (_lead(struck), np.zeros(len(label), dtype=int))]
-    if len(strangers):
-        groups.append((_lead(strangers), np.zeros(len(strangers), dtype=int)))
-    if products.shape[1] < 2 or not right.any():
-        return start
-    features, target = np.concatenate([f for f, _ in groups]), np.concatenate([t for _, t in groups])
-    model = LogisticRegression(C=1e3, max_iter=500).fit(features, target)
-    slope, lead = (max(float(c), 0.0) for c in model.coef_[0])
-    if slope + lead == 0.0:
-        return start
-    bias = float(model.intercept_[0])
-    kept = sigmoid(bias + _lead(products[right]) @ np.array([slope, lead]))
-    return replace(start, bias=bias, slope=slope, lead=lead, threshold=float(np.quantile(kept, MAX_LOST_ARTICLES)))
-
-
-def _lead(products: np.ndarray) -> np.ndarray:
-    """(N, A) -> (N, 2): the best product and its lead over the second."""
-    two = np.sort(products, axis=1)[:, -2:]
-    return np.column_stack([two[:, -1], two[:, -1] - two[:, 0]])
 
 
 def _write(out_dir: Path, classifier: PersonaClassifier, knowledge: KnowledgeBase, metrics: Mapping[str, float]) -> str:

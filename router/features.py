@@ -29,6 +29,8 @@ TAIL_CHARS = 1000
 MIN_TELLING_WORDS = 4
 # Longer runs without a space are no words; their n-grams would only cost time.
 MAX_WORD_CHARS = 40
+# How much of a title's or department's word stands for its relatives.
+STEM_CHARS = 5
 
 _WORD = re.compile(r"\w+(?:['-]\w+)*")
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,7}")
@@ -362,8 +364,15 @@ def profile_terms(profile: Profile) -> list[str]:
     """The features of a profile, by their readable names."""
     if not profile:
         return [_NO_PROFILE]
-    fields = (("title", profile.title), ("department", profile.department), ("location", profile.location))
-    terms = [f'{name} "{word}"' for name, value in fields for word in dict.fromkeys(words_of(value[:200]))]
+    terms = []
+    for name, value in (("title", profile.title), ("department", profile.department), ("location", profile.location)):
+        words = list(dict.fromkeys(words_of(value[:200])))
+        terms += [f'{name} "{word}"' for word in words]
+        if name != "location":
+            # The beginning of a word is shared by what languages make of it: technician, Techniker, technicien.
+            terms += dict.fromkeys(f'{name} "{word[:STEM_CHARS]}..."' for word in words if len(word) > STEM_CHARS)
+        if name == "title":
+            terms += [f'{name} "{left} {right}"' for left, right in pairwise(words)]
     if profile.tenure_days is not None:
         terms.append(next((name for below, name in _TENURE if profile.tenure_days < below), _TENURE_LONG))
     return terms

@@ -1,8 +1,9 @@
 """Articles -> the one that matches a request; a company's own Markdown folder joins or replaces the built-in ones without training.
 
-An article is one vector: its own text and, for a built-in one, the prompts people wrote about it. A match is the product of the request's TF-IDF
-with that vector. What it takes to be a match is learnt in pipelines/train_router.py: one weight per term, shared by all articles (so a new article
-profits too), and the probability that the best product is the right article. This file knows nothing of personas' scores, models or HTTP.
+An article is one vector and one offset: its own text and, for a built-in one, the prompts people wrote about it and what tells them from prompts about
+other articles. A match is the product of the request's TF-IDF with that vector. What it takes to be a match is learnt in pipelines/train_knowledge.py:
+one weight per term, shared by all articles (so a new article profits too), one more vector for "no article covers this", and the probability that
+the best product is the right article. This file knows nothing of personas' scores, models or HTTP.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from router.features import TextSpace
 
 FILE = "knowledge.safetensors"
 ARTICLES_FILE = "knowledge.json"
-FORMAT = 1
-# An article's own text against the prompts written about it, and how many terms of the two a vector keeps.
+FORMAT = 2
+# An article's own text against the prompts written about it, and how many terms a vector keeps.
 OWN_TEXT = 0.5
-MAX_TERMS = 1200
+MAX_TERMS = 6000
 MIN_PROMPTS = 3
 
 
@@ -41,25 +42,36 @@ class Match:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Products of a request with the articles -> scores: sigmoid(bias + slope * product + lead * (product - best other product)).
+    """Products of a request with the articles -> scores: sigmoid(bias + slope * product + lead * (product - best other product) - none * surplus).
 
-    `threshold` is the score a match needs; `own_text_gain` lifts the products of articles without example prompts to those of the others.
+    The surplus is how much more a request sounds like one without an article than requests with one do. `threshold` is the score a match needs;
+    `own_text_gain` and `own_text_offset` lift the products of articles without example prompts to those of the others.
     """
 
     bias: float = -2.0
     slope: float = 12.0
     lead: float = 6.0
+    none: float = 0.0
     threshold: float = 0.3
     own_text_gain: float = 1.0
+    own_text_offset: float = 0.0
 
-    def scores(self, products: np.ndarray) -> np.ndarray:
+    def scores(self, products: np.ndarray, surplus: float = 0.0) -> np.ndarray:
         """Products (A,) -> scores (A,); keeps their order."""
         if len(products) < 2:
             other = np.zeros_like(products)
         else:
             first, second = np.partition(products, -2)[[-1, -2]]
             other = np.where(products == first, second, first)
-        return sigmoid(self.bias + self.slope * products + self.lead * (products - other))
+        return sigmoid(self.bias + self.slope * products + self.lead * (products - other) - self.none * surplus)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What prompts taught beyond the articles' words: vectors (A + 1, F) and offsets (A + 1,), added to the articles'; the last is "no article"."""
+
+    vectors: sparse.csr_matrix
+    offsets: np.ndarray
 
 
 class KnowledgeBase:
@@ -74,8 +86,15 @@ class KnowledgeBase:
         calibration: Calibration | None = None,
         values: Mapping[str, str] | None = None,
         version: str = "unsaved",
+        *,
+        offsets: np.ndarray | None = None,
+        none: np.ndarray | None = None,
     ) -> None:
-        """vectors: (A, F), term weights included; term_weights: (F,); values: the global {slots} and what they are filled with by default."""
+        """vectors: (A, F), term weights included; term_weights: (F,); values: the global {slots} and what they are filled with by default.
+
+        offsets: (A,), added to the products, not a number for an article that has no example prompts (None: none has any);
+        none: (F + 1,), vector and offset of "no article covers this".
+        """
         _check_ids([(a.id, "the list of articles") for a in articles])
         if vectors.shape != (len(articles), len(space)) or term_weights.shape != (len(space),):
             raise ConfigError(f"knowledge: vectors {vectors.shape} do not fit {len(articles)} articles and {len(space)} terms")
@@ -83,9 +102,14 @@ class KnowledgeBase:
         self.space = space
         self.vectors = vectors
         self.term_weights = term_weights
+        self.offsets = np.full(len(articles), np.nan, dtype=np.float32) if offsets is None else offsets.astype(np.float32)
+        self.none = np.zeros(len(space) + 1, dtype=np.float32) if none is None else none.astype(np.float32)
         self.calibration = calibration or Calibration()
         self.values = dict(values or {})
         self.version = version
+        # One row per term, since a request has few of them: its products are a sum of a few hundred rows of (A + 1,).
+        self._by_term = np.column_stack([vectors.T.toarray(), self.none[:-1]]).astype(np.float32, order="C")
+        self._shift = np.append(np.where(np.isnan(self.offsets), self.calibration.own_text_offset, self.offsets), self.none[-1])
 
     @classmethod
     def build(
@@ -97,8 +121,9 @@ class KnowledgeBase:
         space: TextSpace | None = None,
         term_weights: np.ndarray | None = None,
         calibration: Calibration | None = None,
+        learned: Learned | None = None,
     ) -> KnowledgeBase:
-        """Index articles by their text and by the prompts in `example_prompts` (article id -> prompts; an id may be missing)."""
+        """Index articles by their text, by the prompts in `example_prompts` (article id -> prompts; an id may be missing) and by what they taught."""
         values = dict(values or {})
         calibration = calibration or Calibration()
         own = [text_of(a, values) for a in articles]
@@ -108,9 +133,14 @@ class KnowledgeBase:
         if term_weights is None:
             term_weights = np.ones(len(space), dtype=np.float32)
         whole = article_vectors(articles, example_prompts, space, values, calibration.own_text_gain)
-        rows = [_weighted(whole[i], term_weights) for i in range(len(articles))]
+        whole = sparse.csr_matrix(whole.multiply(term_weights))
+        offsets = none = None
+        if learned is not None:
+            whole = sparse.csr_matrix(whole + learned.vectors[:-1])
+            offsets, none = learned.offsets[:-1], np.append(learned.vectors[-1].toarray()[0], learned.offsets[-1])
+        rows = [_largest(whole[i]) for i in range(len(articles))]
         vectors = sparse.vstack(rows, format="csr", dtype=np.float32) if rows else sparse.csr_matrix((0, len(space)), dtype=np.float32)
-        return cls(articles, space, vectors, term_weights, calibration, values)
+        return cls(articles, space, vectors, term_weights, calibration, values, offsets=offsets, none=none)
 
     def with_articles(self, articles: Sequence[Article], *, instead: bool = False) -> KnowledgeBase:
         """The base with a company's articles added, or in place of all of its own.
@@ -129,15 +159,26 @@ class KnowledgeBase:
         old.resize(len(kept), len(space))
         vectors = sparse.vstack([old, added.vectors], format="csr", dtype=np.float32)
         version = digest((self.version + json.dumps([asdict(a) for a in added.articles]) + str(instead)).encode())
-        return KnowledgeBase([*(self.articles[i] for i in kept), *articles], space, vectors, weights, self.calibration, self.values, version)
+        return KnowledgeBase(
+            [*(self.articles[i] for i in kept), *articles],
+            space,
+            vectors,
+            weights,
+            self.calibration,
+            self.values,
+            version,
+            offsets=np.concatenate([self.offsets[kept], added.offsets]),
+            none=np.concatenate([self.none[:-1], np.zeros(len(space) - len(self.space)), self.none[-1:]]),
+        )
 
     def match(self, text: str, k: int = 3) -> list[Match]:
         """The k likeliest articles, best first, equal scores in the order of the articles; none for a text without a known word."""
-        products = self.products(text)
-        if not products.any():
+        found = self._measure(text)
+        if found is None:
             return []
-        scores = self.calibration.scores(products)
-        return [Match(self.articles[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:k]]
+        products, surplus = found
+        scores = self.calibration.scores(products, surplus)
+        return [Match(self.articles[i], float(scores[i])) for i in np.argsort(-products, kind="stable")[:k]]
 
     def best(self, text: str) -> Match | None:
         """The matching article, or None where no article is likely enough."""
@@ -145,13 +186,31 @@ class KnowledgeBase:
         return found[0] if found and found[0].score >= self.calibration.threshold else None
 
     def products(self, text: str) -> np.ndarray:
-        """The request's product with every article, (A,), not yet scores."""
+        """The request's product with every article, offsets included, (A,); not yet scores."""
+        return self._sums(*self.space.row(text)[:2])[:-1]
+
+    def surplus(self, text: str) -> float:
+        """How much more the request sounds like one that no article covers than requests with an article do.
+
+        0 where the best match is an article without example prompts: nothing that was learnt knew of it.
+        """
+        sums = self._sums(*self.space.row(text)[:2])
+        return self._surplus(sums)
+
+    def _measure(self, text: str) -> tuple[np.ndarray, float] | None:
         columns, values, _ = self.space.row(text)
-        dense = np.zeros(len(self.space), dtype=np.float32)
+        if not len(columns) or not self.articles:
+            return None
+        sums = self._sums(columns, values)
+        return sums[:-1], self._surplus(sums)
+
+    def _sums(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
         # Words and n-grams are two blocks of length 1 each.
-        dense[columns] = values / np.sqrt(2.0)
-        products: np.ndarray = self.vectors @ dense
-        return products
+        sums: np.ndarray = (values / np.sqrt(2.0)).astype(np.float32) @ self._by_term[columns] + self._shift
+        return sums
+
+    def _surplus(self, sums: np.ndarray) -> float:
+        return 0.0 if np.isnan(self.offsets[int(sums[:-1].argmax())]) else float(sums[-1])
 
     def save(self, folder: Path) -> str:
         """Write index and articles into an existing folder and return the version, a digest of both."""
@@ -161,6 +220,8 @@ class KnowledgeBase:
             "vector_values": self.vectors.data.astype(np.float16),
             "vector_columns": self.vectors.indices.astype(np.uint32),
             "vector_starts": self.vectors.indptr.astype(np.int64),
+            "offsets": self.offsets,
+            "none": self.none.astype(np.float16),
         }
         index = save(arrays, metadata={"deskroute": json.dumps(about)})
         texts = json.dumps({"values": self.values, "articles": [asdict(a) for a in self.articles]}, ensure_ascii=False, indent=1).encode()
@@ -189,7 +250,17 @@ class KnowledgeBase:
             )
             version = digest((folder / FILE).read_bytes() + texts)
             values = {str(k): str(v) for k, v in data["values"].items()}
-            return cls(articles, space, vectors, arrays["term_weights"].astype(np.float32), Calibration(**about["calibration"]), values, version)
+            return cls(
+                articles,
+                space,
+                vectors,
+                arrays["term_weights"].astype(np.float32),
+                Calibration(**about["calibration"]),
+                values,
+                version,
+                offsets=arrays["offsets"],
+                none=arrays["none"],
+            )
         except OSError as e:
             raise ConfigError(f"knowledge: cannot read {path}: {e.strerror or e}; run `deskroute retrain router`") from None
         except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -249,11 +320,10 @@ def unit(rows: sparse.csr_matrix) -> sparse.csr_matrix:
     return sparse.csr_matrix(sparse.diags(1.0 / np.maximum(length, 1e-12)) @ rows)
 
 
-def _weighted(row: sparse.csr_matrix, term_weights: np.ndarray) -> sparse.csr_matrix:
-    """A vector with the term weights, cut to its MAX_TERMS largest terms."""
-    values = row.data * term_weights[row.indices]
-    kept = np.sort(np.argsort(-values, kind="stable")[:MAX_TERMS])
-    return sparse.csr_matrix((values[kept].astype(np.float32), row.indices[kept], [0, len(kept)]), shape=row.shape)
+def _largest(row: sparse.csr_matrix) -> sparse.csr_matrix:
+    """A vector cut to its MAX_TERMS largest terms."""
+    kept = np.sort(np.argsort(-np.abs(row.data), kind="stable")[:MAX_TERMS])
+    return sparse.csr_matrix((row.data[kept].astype(np.float32), row.indices[kept], [0, len(kept)]), shape=row.shape)
 
 
 def _check_ids(found: Sequence[tuple[str, str]]) -> None:

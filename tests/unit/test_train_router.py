@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from persona_models.errors import WorkError
+from pipelines import train_knowledge
 from pipelines import train_router as module
-from pipelines.train_router import fit_classifier, read_router_corpus, train_router
+from pipelines.router_corpus import folds, read_router_corpus
+from pipelines.train_router import fit_classifier, train_router
 from router.classifier import MANIFEST, PersonaClassifier
 from router.features import Profile, Query
-from router.knowledge import KnowledgeBase
+from router.knowledge import Calibration, KnowledgeBase
 
 PERSONAS = ("leadership", "field", "admin")
 WORK = {
@@ -50,6 +52,11 @@ def write_corpus(folder):
     ]
     write_rows(folder / "router" / "out_of_domain.jsonl", [
         {"text": f"{t} {n}", "kind": "smalltalk", "voice": f"{'held_' if n == 2 else ''}o{n}"} for t in strangers for n in range(3)
+    ])  # fmt: skip
+    missing = ["the lift is stuck", "our website shows old prices", "the franking machine wants ink", "the till drawer stays shut"]
+    write_rows(folder / "router" / "uncovered.jsonl", [
+        {"text": f"{t}, {w}", "subject": t, "register": "chat", "voice": f"{'held_' if n == 2 else ''}u{n}"}
+        for t in missing for n, w in enumerate(["please help", "since monday", "again"])
     ])  # fmt: skip
     write_rows(folder / "router" / "neutral.jsonl", [
         {"text": t, "register": "chat", "voice": f"{'held_' if n == 0 else ''}n{n}"} for n in range(3) for topic in TROUBLE.values() for t in topic
@@ -155,7 +162,7 @@ def test_report_counts_the_held_out_voices_and_nothing_else(trained):
     assert sum(n for _, _, n in report.retrieval_confusions) == sum(e["kind"] == "article" for e in report.errors)
     expected = {
         "accuracy_text", "macro_f1_text", "ece_text", "brier_text", "coverage_at_threshold", "accuracy_at_threshold", "accuracy_profile",
-        "in_domain_auroc", "false_decline_rate", "retrieval_top1", "retrieval_top3", "article_lost", "no_article_when_struck_out",
+        "in_domain_auroc", "false_decline_rate", "retrieval_top1", "retrieval_top3", "article_lost", "no_article_uncovered",
         "no_article_out_of_domain", "latency_p50_ms", "latency_p95_ms",
     }  # fmt: skip
     assert expected <= set(report.metrics)
@@ -203,9 +210,9 @@ def test_a_failed_run_leaves_the_old_artefact_and_no_rest(tmp_path, corpus, monk
 
 def test_folds_keep_voices_whole_and_cover_every_row_once():
     voices = [f"v{n % 11}" for n in range(60)]
-    folds = list(module._folds(voices, seed=0))
-    assert np.sum(folds, axis=0).tolist() == [1] * 60
-    for fold in folds:
+    parts = list(folds(voices, seed=0))
+    assert np.sum(parts, axis=0).tolist() == [1] * 60
+    for fold in parts:
         inside = {v for v, chosen in zip(voices, fold, strict=True) if chosen}
         assert inside.isdisjoint({v for v, chosen in zip(voices, fold, strict=True) if not chosen})
 
@@ -215,11 +222,16 @@ def test_calibration_withholds_no_more_right_articles_than_allowed():
     products = random.uniform(0, 0.3, size=(400, 5))
     label = random.integers(0, 5, size=400)
     products[np.arange(400), label] += 0.3
-    found = module._calibrate(module.Calibration(), products, label, random.uniform(0, 0.3, size=(50, 5)))
+    surplus = random.normal(size=400) * 0.1
+    absent = (random.uniform(0, 0.3, size=(50, 5)), random.normal(size=50) * 0.1 + 0.3, 0.5)
+    found = train_knowledge._calibrate(Calibration(), products, surplus, label, [absent])
     right = products.argmax(axis=1) == label
-    best = np.array([found.scores(p).max() for p in products[right]])
-    assert (best < found.threshold).mean() <= module.MAX_LOST_ARTICLES
+    best = np.array([found.scores(p, s).max() for p, s in zip(products[right], surplus[right], strict=True)])
+    assert (best < found.threshold).mean() <= train_knowledge.MAX_LOST_ARTICLES
     assert min(found.slope, found.lead) >= 0
+    assert found.none > 0
+    kept = np.array([found.scores(p, s).max() for p, s in zip(*absent[:2], strict=True)])
+    assert (kept >= found.threshold).mean() < 0.5
 
 
 def test_term_weights_gradient_is_the_slope_of_the_loss(monkeypatch):
@@ -242,8 +254,8 @@ def test_term_weights_gradient_is_the_slope_of_the_loss(monkeypatch):
         seen["slope"] = np.array([(loss(point + s)[0] - loss(point - s)[0]) / 2e-5 for s in step])
         return Done
 
-    monkeypatch.setattr(module, "minimize", only_evaluate)
-    module._term_weights(x, random.integers(0, 3, 12), [(fold, vectors), (~fold, vectors * 0.5)])
+    monkeypatch.setattr(train_knowledge, "minimize", only_evaluate)
+    train_knowledge._term_weights(x, random.integers(0, 3, 12), [(fold, vectors), (~fold, vectors * 0.5)])
     np.testing.assert_allclose(seen["exact"], seen["slope"], atol=1e-4)
 
 
