@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -35,6 +36,7 @@ class Prompt:
     persona: str
     register: str
     voice: str
+    tells: bool = True  # whether the words give the persona away
 
     @property
     def held_out(self) -> bool:
@@ -95,8 +97,13 @@ class Corpus:
 
     @cached_property
     def uncovered(self) -> tuple[dict[str, str], ...]:
-        """Messages that no article answers."""
-        return tuple(_jsonl(self.folder / "router" / "out_of_domain.jsonl"))
+        """Messages that no article answers: requests without an article, and what is no request."""
+        return tuple(row for name in ("uncovered", "out_of_domain") for row in _jsonl(self.folder / "router" / f"{name}.jsonl"))
+
+    @cached_property
+    def conversations(self) -> tuple[dict[str, Any], ...]:
+        """Conversations that came to no end: `messages`, the last one a user's, and the `persona` of the user."""
+        return tuple(_jsonl(self.folder / "router" / "conversations.jsonl"))
 
     @cached_property
     def manner(self) -> dict[str, Manner]:
@@ -127,6 +134,7 @@ class Composer:
         self.articles = dict(articles if articles is not None else corpus.articles)
         self.prompts = [p for p in corpus.prompts if p.held_out == held_out and p.topic in self.articles]
         self.uncovered = [r for r in corpus.uncovered if r["voice"].startswith(HELD_OUT) == held_out]
+        self.conversations = [r for r in corpus.conversations if r["voice"].startswith(HELD_OUT) == held_out]
         if not self.prompts:
             raise WorkError(f"{corpus.folder} holds no {'held-out ' if held_out else ''}prompts; restore pipelines/corpus/prompts")
         self._by_persona = {p: [r for r in self.prompts if r.persona == p] for p in corpus.personas}
@@ -179,8 +187,12 @@ class Composer:
         messages = [Message("user", prompt.text)]
         if kind == "handover":
             document = handover_document(values)
-            if self.uncovered and rng.random() < 0.3:
+            mine = [c for c in self.conversations if c["persona"] == persona]
+            form = rng.random()
+            if form < 0.4 and self.uncovered:
                 messages = [Message("user", rng.choice(self.uncovered)["text"])]
+            elif form < 0.6 and mine:
+                messages = [Message(**m) for m in rng.choice(mine)["messages"]]
             answer = _pick(manner.handover, values, document, rng)
         else:
             answer = self._answer(persona, document, values | {"subject": shown.subject}, rng)
@@ -292,7 +304,7 @@ def _yaml(path: Path) -> dict:
         raise WorkError(f"{path}: {e}") from None
 
 
-def _jsonl(path: Path) -> list[dict[str, str]]:
+def _jsonl(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, json.JSONDecodeError) as e:

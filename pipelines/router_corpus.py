@@ -32,6 +32,7 @@ class Labelled:
     register: str = ""
     kind: str = ""
     profile: Profile = field(default_factory=Profile)
+    tells: bool = True  # whether text or profile give the persona away
 
     @property
     def held_out(self) -> bool:
@@ -146,6 +147,7 @@ def _rows(path: Path, personas: Sequence[str], *, needs_persona: bool = False) -
                 register=str(row.get("register", "")),
                 kind=str(row.get("kind", "")),
                 profile=profile,
+                tells=bool(row.get("tells", True)),
             )
         )
     return rows

@@ -35,7 +35,7 @@ class RouterReport:
 def measure(data: RouterData, classifier: PersonaClassifier, knowledge: KnowledgeBase) -> RouterReport:
     """Metrics on the held-out voices. Shares are 0 to 1, times in ms; a metric without anything to measure it on is left out."""
     personas = list(classifier.personas)
-    known = [r for r in (*data.prompts, *data.personal) if r.held_out and not r.profile]
+    known = [r for r in (*data.prompts, *data.personal) if r.held_out and r.tells and not r.profile]
     metrics: dict[str, float] = {}
     confusion = np.zeros((len(personas), len(personas)), dtype=np.int64)
     reliability: dict[str, np.ndarray] = {}

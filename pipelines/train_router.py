@@ -55,7 +55,8 @@ def train_router(corpus_dir: Path, out_dir: Path, personas: Sequence[str], seed:
 
 def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> PersonaClassifier:
     """Fit the persona model and the in-domain model, calibrate both on scores of voices left out. Raises WorkError for a persona without prompts."""
-    rows = [*seen((*data.prompts, *data.personal)), *_profiles(data.titles, seed)]
+    everyone = seen((*data.prompts, *data.personal))
+    rows = [*(r for r in everyone if r.tells), *_profiles(data.titles, seed)]
     queries = [r.query for r in rows]
     missing = set(personas) - {r.persona for r in rows}
     if missing:
@@ -63,7 +64,7 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
     neutral = seen(data.neutral)
     strangers = seen(data.out_of_domain)
     odd = seen((*data.odd, *data.uncovered))
-    everybody = list(dict.fromkeys(r.text for r in (*rows, *neutral, *odd, *strangers)))
+    everybody = list(dict.fromkeys(r.text for r in (*everyone, *neutral, *odd, *strangers)))
     space = FeatureSpace.fit(queries, TextSpace.fit(everybody), profile_weight=PROFILE_WEIGHT)
     label = np.array([list(personas).index(r.persona) for r in rows])
     # What came with a profile says nothing by itself ("is the wifi down?"): without it, it is one more neutral text. Taught with its sender's
@@ -77,7 +78,7 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
     temperature = _temperature(unseen, label)
     weights, bias = _fit_personas(x, label, undecided, len(personas))
 
-    requests = [r for r in (*rows, *neutral, *odd) if r.text]
+    requests = [*everyone, *neutral, *odd]
     request = np.array([1] * len(requests) + [0] * len(strangers))
     inside, inside_bias, threshold = np.zeros(len(space)), 10.0, 0.0
     if strangers and len({r.voice for r in strangers}) > 1:

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipelines.compose import CORPUS, HELD_OUT, NEUTRAL, Composer, Corpus
 from pipelines.tickets import redact
@@ -84,7 +85,9 @@ def test_no_text_names_a_persona_by_its_id(corpus):
 def test_no_personal_data(corpus):
     """Addresses and numbers of people; a service desk's example.com names in articles are no one's."""
     texts = [p.text for p in corpus.prompts]
-    texts += [r["text"] for name in ("out_of_domain", "neutral", "profiles", "persona") for r in rows(f"router/{name}.jsonl")]
+    texts += [
+        r["text"] for name in ("out_of_domain", "neutral", "profiles", "persona", "uncovered", "odd_requests") for r in rows(f"router/{name}.jsonl")
+    ]
     found = [t for t in texts if re.search(r"\[(MAIL|IBAN|PHONE)\]", redact(t)) and "[MAIL]" not in t]
     assert not found, found[:5]
 
@@ -123,16 +126,38 @@ def test_manners_share_no_part(corpus):
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("out_of_domain", 600), ("neutral", 400), ("profiles", 600), ("conversations", 150), ("two_requests", 150), ("persona", 500)]
+    ("name", "least"),
+    [
+        ("out_of_domain", 600),
+        ("neutral", 400),
+        ("profiles", 600),
+        ("conversations", 150),
+        ("two_requests", 150),
+        ("persona", 1500),
+        ("uncovered", 350),
+        ("odd_requests", 40),
+    ],
 )
-def test_router_files_are_complete(name, least):
+def test_router_files_are_complete(corpus, name, least):
     found = rows(f"router/{name}.jsonl")
     assert len(found) >= least
     assert any(r["voice"].startswith(HELD_OUT) for r in found)
+    if name == "persona":
+        counts = Counter(r["persona"] for r in found) + Counter(p.persona for p in corpus.prompts if p.tells)
+        assert min(counts[p] for p in PERSONAS) >= 400
+        assert sum(r.get("decoy", False) for r in found) >= 0.25 * len(found)
     if name == "two_requests":
         assert all(part["text"] in r["text"] and part["persona"] in PERSONAS for r in found for part in r["parts"])
     if name == "conversations":
         assert all(r["messages"][-1]["role"] == "user" for r in found)
+
+
+def test_titles_belong_to_one_persona_each():
+    data = yaml.safe_load((CORPUS / "router" / "titles.yaml").read_text(encoding="utf-8"))
+    assert set(data["titles"]) == set(PERSONAS)
+    assert min(len(set(t)) for t in data["titles"].values()) >= 150
+    seen = Counter(title.lower() for titles in data["titles"].values() for title in titles)
+    assert [t for t, n in seen.items() if n > 1] == []
 
 
 def test_composition_is_repeatable_and_grounded(corpus):
@@ -154,6 +179,9 @@ def test_held_out_authors_are_never_composed_for_training(corpus):
 
 
 def test_the_evaluation_set_is_nobodys_training_text(corpus):
-    trained = {" ".join(p.text.lower().split()) for p in corpus.prompts}
+    texts = [p.text for p in corpus.prompts]
+    for name in ("persona", "profiles", "neutral", "out_of_domain", "uncovered", "odd_requests"):
+        texts += [r["text"] for r in rows(f"router/{name}.jsonl")]
+    trained = {" ".join(text.lower().split()) for text in texts}
     for path in sorted(Path(CORPUS / "evaluation").glob("*.jsonl")):
         assert not {" ".join(json.loads(line)["text"].lower().split()) for line in path.read_text().splitlines()} & trained
