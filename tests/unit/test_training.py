@@ -99,3 +99,20 @@ def test_padding_carries_no_loss():
     assert ids.tolist() == [[1, 2], [3, 9]]
     assert labels.tolist() == [[-100, 2], [3, -100]]
     assert training.Encoded
+
+
+def test_token_loss_is_cross_entropy_over_all_positions(model):
+    """Against the obvious way: logits everywhere, unlabelled positions ignored; and for a model that only knows the obvious way."""
+    ids, labels = pad(Counting().batch(3), 0, model.device)
+    labels[1, :6] = -100
+    logits = model.eval()(input_ids=ids).logits[:, :-1]
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+    class Plain(torch.nn.Module):
+        def forward(self, input_ids, use_cache):
+            return model(input_ids=input_ids, use_cache=use_cache)
+
+    assert float(token_loss(model, ids, labels)) == pytest.approx(float(want), rel=1e-5)
+    assert float(token_loss(Plain(), ids, labels)) == pytest.approx(float(want), rel=1e-5)
+    whole = token_loss(model, ids, labels, reduction="sum")
+    assert float(whole) == pytest.approx(float(want) * int((labels[:, 1:] != -100).sum()), rel=1e-5)
