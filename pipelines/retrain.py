@@ -62,12 +62,20 @@ class Retraining:
         self.gates = read_gates(gates)
         self.catalogue = {p.id: p for p in config.catalogue()}
         self.corpus = Corpus(config.corpus or CORPUS, tuple(self.catalogue))
-        self.knowledge: KnowledgeBase = load_knowledge(config)
-        self.values = {**self.knowledge.values, **config.desk.values()}
         self.registry = RegistryReader(config.registry_uri, config.state / "cache")
         self.tracker = Tracker(config.registry_uri, config.state / "artifacts")
         store = open_for_reading(config.feedback_url)
         self.ratings: list[Rating] = list(store.ratings()) if store else []
+
+    @cached_property
+    def knowledge(self) -> KnowledgeBase:
+        """The articles; the router is retrained without the present ones, which may be unreadable and the reason for it."""
+        return load_knowledge(self.config)
+
+    @cached_property
+    def values(self) -> dict[str, str]:
+        """What articles' {slots} are filled with."""
+        return {**self.knowledge.values, **self.config.desk.values()}
 
     @cached_property
     def base(self) -> BaseModel:

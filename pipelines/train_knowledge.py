@@ -101,7 +101,7 @@ def fit_knowledge(data: RouterData, seed: int = 0) -> KnowledgeBase:
     scale = np.append(np.full(n, MARGIN_SHARE), 1.0)
     learned = Learned(sparse.csr_matrix(sparse.diags(scale) @ final[0]), final[1] * scale - np.append(np.zeros(n), usual))
 
-    # A product's own vectors: the texts alone, as a company's article has them.
+    # Every article's own vector: its text alone, as a company's article has them.
     own_vectors = sparse.csr_matrix(article_vectors(articles, {}, space, values).multiply(weights))
     own = np.asarray(prompts.x.multiply(own_vectors[prompts.label]).sum(axis=1)).ravel()
     at = np.arange(len(rows))

@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -175,7 +175,8 @@ def train(
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
             bar.update()
             if (step + 1) % settings.save_every_steps == 0 and step + 1 < batches.steps:
-                _save(checkpoint, step + 1, params, optimizer, history, whole)
+                spent = replace(history, seconds=history.seconds + bar.format_dict["elapsed"])
+                _save(checkpoint, step + 1, params, optimizer, spent, whole)
         history.seconds += bar.format_dict["elapsed"]
     model.eval()
     return history
@@ -189,7 +190,8 @@ def _save(path: Path, step: int, params: dict[str, Tensor], optimizer: torch.opt
     tensors["losses"] = torch.tensor(history.losses, dtype=torch.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"step": str(step), "tokens": str(history.tokens), "identity": _text(identity)})
+    about = {"step": str(step), "tokens": str(history.tokens), "seconds": str(history.seconds), "identity": _text(identity)}
+    save_file(tensors, partial, metadata=about)
     partial.replace(path)
 
 
@@ -210,6 +212,7 @@ def _restore(path: Path, params: dict[str, Tensor], optimizer: torch.optim.Optim
                 }
         history.losses = f.get_tensor("losses").tolist()
         history.tokens = int(meta["tokens"])
+    history.seconds = float(meta.get("seconds", 0.0))
     return step
 
 

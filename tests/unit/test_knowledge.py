@@ -8,7 +8,7 @@ import pytest
 
 from persona_models.errors import ArticleError, ConfigError
 from router.article import Article, Step, parse_article
-from router.knowledge import ARTICLES_FILE, FILE, Calibration, KnowledgeBase, load_folder, text_of
+from router.knowledge import ARTICLES_FILE, FILE, Calibration, KnowledgeBase, Learned, load_folder, text_of
 
 
 def article(name: str, title: str, *symptoms: str, step: str = "Restart it.", **more) -> Article:
@@ -201,3 +201,33 @@ def test_bad_folders_say_what_is_wrong(tmp_path):
 
 def test_articles_are_plain_data(base):
     assert json.loads(json.dumps(asdict(base.articles[0])))["id"] == "vpn"
+
+
+def test_what_was_learnt_adds_vectors_offsets_and_a_surplus(base, tmp_path):
+    """Against the sums written out: an article's vector and offset, the "no article" vector, and the one offset of articles without prompts."""
+    from scipy import sparse
+
+    random = np.random.default_rng(3)
+    vectors = sparse.random(len(ARTICLES) + 1, len(base.space), 0.3, format="csr", rng=random) * 0.1
+    offsets = np.array([-0.02, 0.01, 0.0, 0.3])
+    calibration = Calibration(none=2.0, own_text_offset=-0.05)
+    values = {"vpn_client": "the tunnel app", "desk_phone": "4357"}
+    taught = KnowledgeBase.build(ARTICLES, PROMPTS, values=values, space=base.space, calibration=calibration, learned=Learned(vectors, offsets))
+    text = "pages vanish in the queue"
+    x = base.space.rows([text]).toarray()[0] / np.sqrt(2)
+    np.testing.assert_allclose(taught.products(text), base.products(text) + vectors[:-1] @ x + offsets[:-1], atol=1e-5)
+    assert taught.surplus(text) == pytest.approx(float((vectors[-1] @ x)[0]) + 0.3, abs=1e-5)
+    products, surplus = taught.products(text), taught.surplus(text)
+    assert taught.match(text, 1)[0].score == pytest.approx(float(calibration.scores(products, surplus).max()), abs=1e-6)
+    assert calibration.scores(products, surplus + 1).max() < calibration.scores(products, surplus).max()
+
+    both = taught.with_articles([parse_article(t, name, source=name) for name, t in OWN.items()])
+    np.testing.assert_allclose(both.products(text)[:3], products, atol=1e-5)
+    plain = base.with_articles([parse_article(t, name, source=name) for name, t in OWN.items()])
+    np.testing.assert_allclose(both.products("forklift pairing")[3:], plain.products("forklift pairing")[3:] - 0.05, atol=1e-5)
+    assert both.surplus("the forklift scanner lost its pairing") == 0.0, "nothing learnt knew of a company's article"
+
+    taught.save(tmp_path)
+    again = KnowledgeBase.load(tmp_path)
+    np.testing.assert_allclose(again.products(text), products, atol=2e-3)
+    assert again.surplus(text) == pytest.approx(surplus, abs=2e-3)
