@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import random
 
-_ONSETS = ("b", "bl", "br", "c", "ch", "cr", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kr", "l", "m", "n", "p", "pl", "qu", "r", "s", "sk")
-_ONSETS += ("sl", "st", "t", "th", "tr", "v", "w", "x", "y", "z", "")
+_ONSETS = (
+    *("b", "bl", "br", "c", "ch", "cr", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kr", "l", "m", "n", "p", "pl", "qu", "r", "s", "sk"),
+    *("sl", "st", "t", "th", "tr", "v", "w", "x", "y", "z", ""),
+)
 _VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ie", "oo", "ou", "ya")
 _ENDS = ("", "", "", "n", "r", "l", "s", "x", "t", "ck", "rd", "nt", "m", "sh", "ve", "ne")
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"

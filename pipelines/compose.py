@@ -98,12 +98,17 @@ class Corpus:
     @cached_property
     def uncovered(self) -> tuple[dict[str, str], ...]:
         """Messages that no article answers: requests without an article, and what is no request."""
-        return tuple(row for name in ("uncovered", "out_of_domain") for row in _jsonl(self.folder / "router" / f"{name}.jsonl"))
+        return tuple(row for name in ("uncovered", "out_of_domain") for row in self._router_rows(name))
 
     @cached_property
     def conversations(self) -> tuple[dict[str, Any], ...]:
         """Conversations that came to no end: `messages`, the last one a user's, and the `persona` of the user."""
-        return tuple(_jsonl(self.folder / "router" / "conversations.jsonl"))
+        return tuple(self._router_rows("conversations"))
+
+    def _router_rows(self, name: str) -> list[dict[str, Any]]:
+        """Rows of a file that a company's own corpus may lack."""
+        path = self.folder / "router" / f"{name}.jsonl"
+        return _jsonl(path) if path.exists() else []
 
     @cached_property
     def manner(self) -> dict[str, Manner]:

@@ -121,11 +121,12 @@ def _measure_retrieval(
     wrong: Counter[tuple[str, str]] = Counter()
     if asked:
         row_of = {a.id: i for i, a in enumerate(knowledge.articles)}
-        products = np.stack([knowledge.products(r.text) for r in asked])
+        measured = [knowledge.measure(r.text) for r in asked]
+        products = np.stack([m[0] if m else np.zeros(len(knowledge.articles)) for m in measured])
         label = np.array([row_of[r.topic] for r in asked])
         order = np.argsort(-products, axis=1, kind="stable")
         first = order[:, 0] == label
-        best = np.array([knowledge.match(r.text, 1)[0].score for r in asked])
+        best = np.array([max((m.score for m in knowledge.match(r.text, 1)), default=0.0) for r in asked])
         metrics |= {
             "retrieval_top1": float(first.mean()),
             "retrieval_top3": float((order[:, :3] == label[:, None]).any(axis=1).mean()),

@@ -89,7 +89,7 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
 def _profiles(titles: Titles, seed: int) -> list[Labelled]:
     """Profiles composed of titles, departments and times with the company, without a text: whoever asks may ask anything."""
     random = Random(seed)
-    rows = []
+    rows: list[Labelled] = []
     everywhere = [d for found in titles.departments.values() for d in found]
     for persona, names in titles.titles.items():
         departments = titles.departments.get(persona) or everywhere

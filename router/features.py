@@ -272,11 +272,8 @@ class TextSpace:
 
     def arrays(self) -> Arrays:
         """The space as arrays, for an artefact."""
-        return {
-            "terms": np.frombuffer("\n".join(self.terms).encode(), dtype=np.uint8).copy(),
-            "idf": self.idf,
-            "scales": np.array([self.unknown_idf, *self.weights], dtype=np.float64),
-        }
+        terms = np.frombuffer("\n".join(self.terms).encode(), dtype=np.uint8).copy()
+        return {"terms": terms, "idf": self.idf, "scales": np.array([self.unknown_idf, *self.weights], dtype=np.float64)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> TextSpace:

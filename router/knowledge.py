@@ -173,7 +173,7 @@ class KnowledgeBase:
 
     def match(self, text: str, k: int = 3) -> list[Match]:
         """The k likeliest articles, best first, equal scores in the order of the articles; none for a text without a known word."""
-        found = self._measure(text)
+        found = self.measure(text)
         if found is None:
             return []
         products, surplus = found
@@ -185,32 +185,19 @@ class KnowledgeBase:
         found = self.match(text, 1)
         return found[0] if found and found[0].score >= self.calibration.threshold else None
 
-    def products(self, text: str) -> np.ndarray:
-        """The request's product with every article, offsets included, (A,); not yet scores."""
-        return self._sums(*self.space.row(text)[:2])[:-1]
+    def measure(self, text: str) -> tuple[np.ndarray, float] | None:
+        """What scores are made of; None for a text without a known word.
 
-    def surplus(self, text: str) -> float:
-        """How much more the request sounds like one that no article covers than requests with an article do.
-
-        0 where the best match is an article without example prompts: nothing that was learnt knew of it.
+        Returns the request's product with every article, offsets included, (A,), and its surplus: how much more it sounds like a request that no
+        article covers than covered ones do. The surplus is 0 where the best match is an article without example prompts: nothing learnt knew of it.
         """
-        sums = self._sums(*self.space.row(text)[:2])
-        return self._surplus(sums)
-
-    def _measure(self, text: str) -> tuple[np.ndarray, float] | None:
         columns, values, _ = self.space.row(text)
         if not len(columns) or not self.articles:
             return None
-        sums = self._sums(columns, values)
-        return sums[:-1], self._surplus(sums)
-
-    def _sums(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
         # Words and n-grams are two blocks of length 1 each.
         sums: np.ndarray = (values / np.sqrt(2.0)).astype(np.float32) @ self._by_term[columns] + self._shift
-        return sums
-
-    def _surplus(self, sums: np.ndarray) -> float:
-        return 0.0 if np.isnan(self.offsets[int(sums[:-1].argmax())]) else float(sums[-1])
+        products = sums[:-1]
+        return products, 0.0 if np.isnan(self.offsets[int(products.argmax())]) else float(sums[-1])
 
     def save(self, folder: Path) -> str:
         """Write index and articles into an existing folder and return the version, a digest of both."""

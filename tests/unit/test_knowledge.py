@@ -51,7 +51,7 @@ def test_match_is_brute_force_cosine(base):
             own = unit(base.space.rows([text_of(a, base.values)]).toarray()[0])
             prompts = unit(base.space.rows(PROMPTS[a.id]).toarray().sum(axis=0))
             products.append(float(unit((own + prompts) / 2) @ query))
-        np.testing.assert_allclose(base.products(text), products, atol=1e-5)
+        np.testing.assert_allclose(base.measure(text)[0], products, atol=1e-5)
         best = int(np.argmax(products))
         lead = products[best] - sorted(products)[-2]
         c = base.calibration
@@ -215,19 +215,19 @@ def test_what_was_learnt_adds_vectors_offsets_and_a_surplus(base, tmp_path):
     taught = KnowledgeBase.build(ARTICLES, PROMPTS, values=values, space=base.space, calibration=calibration, learned=Learned(vectors, offsets))
     text = "pages vanish in the queue"
     x = base.space.rows([text]).toarray()[0] / np.sqrt(2)
-    np.testing.assert_allclose(taught.products(text), base.products(text) + vectors[:-1] @ x + offsets[:-1], atol=1e-5)
-    assert taught.surplus(text) == pytest.approx(float((vectors[-1] @ x)[0]) + 0.3, abs=1e-5)
-    products, surplus = taught.products(text), taught.surplus(text)
+    products, surplus = taught.measure(text)
+    np.testing.assert_allclose(products, base.measure(text)[0] + vectors[:-1] @ x + offsets[:-1], atol=1e-5)
+    assert surplus == pytest.approx(float((vectors[-1] @ x)[0]) + 0.3, abs=1e-5)
     assert taught.match(text, 1)[0].score == pytest.approx(float(calibration.scores(products, surplus).max()), abs=1e-6)
     assert calibration.scores(products, surplus + 1).max() < calibration.scores(products, surplus).max()
 
     both = taught.with_articles([parse_article(t, name, source=name) for name, t in OWN.items()])
-    np.testing.assert_allclose(both.products(text)[:3], products, atol=1e-5)
+    np.testing.assert_allclose(both.measure(text)[0][:3], products, atol=1e-5)
     plain = base.with_articles([parse_article(t, name, source=name) for name, t in OWN.items()])
-    np.testing.assert_allclose(both.products("forklift pairing")[3:], plain.products("forklift pairing")[3:] - 0.05, atol=1e-5)
-    assert both.surplus("the forklift scanner lost its pairing") == 0.0, "nothing learnt knew of a company's article"
+    np.testing.assert_allclose(both.measure("forklift pairing")[0][3:], plain.measure("forklift pairing")[0][3:] - 0.05, atol=1e-5)
+    assert both.measure("the forklift scanner lost its pairing")[1] == 0.0, "nothing learnt knew of a company's article"
 
     taught.save(tmp_path)
     again = KnowledgeBase.load(tmp_path)
-    np.testing.assert_allclose(again.products(text), products, atol=2e-3)
-    assert again.surplus(text) == pytest.approx(surplus, abs=2e-3)
+    np.testing.assert_allclose(again.measure(text)[0], products, atol=2e-3)
+    assert again.measure(text)[1] == pytest.approx(surplus, abs=2e-3)

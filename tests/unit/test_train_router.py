@@ -264,3 +264,25 @@ def test_temperature_undoes_a_known_sharpening():
     logits = random.normal(size=(4000, 3)) * 2
     label = np.array([random.choice(3, p=p) for p in module.softmax(logits)])
     assert module._temperature(logits * 2.5, label) == pytest.approx(2.5, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("titles: [", "must hold"),
+        ("- a list", "must hold"),
+        ("titles: {field: [Driver]}\n", "must hold"),
+        ("titles: {field: [Driver]}\ndepartments: {}\nnewcomers: {persona: field, first_days: soon, except: []}\n", "must hold"),
+        (
+            "titles: {pilots: [Captain]}\ndepartments: {}\nnewcomers: {persona: field, first_days: 30, except: []}\n",
+            "pilots: no persona of the catalogue",
+        ),
+    ],
+)
+def test_malformed_titles_are_named(tmp_path, text, why):
+    write_corpus(tmp_path)
+    path = tmp_path / "router" / "titles.yaml"
+    path.write_text(text)
+    with pytest.raises(WorkError, match=why) as caught:
+        read_router_corpus(tmp_path, PERSONAS)
+    assert str(path) in str(caught.value)
