@@ -32,6 +32,7 @@ class PersonaPool:
         gpu: bool,
         registry_uri: str,
         cache: Path,
+        merge: bool = False,
     ) -> None:
         self._notes: list[str] = []
         if engine == "fake":
@@ -39,7 +40,7 @@ class PersonaPool:
 
             self.engine: Engine = FakeEngine(dict.fromkeys(personas, "fake"))
         else:
-            self.engine = self._load(base, dtype, personas, manners, rows, queue, threads, gpu, RegistryReader(registry_uri, cache))
+            self.engine = self._load(base, dtype, personas, manners, rows, queue, threads, gpu, merge, RegistryReader(registry_uri, cache))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent | DeskrouteError]:
         """The events of an answer; an error on purpose is the last thing yielded, so that it crosses the process unchanged."""
@@ -68,6 +69,7 @@ class PersonaPool:
         queue: int,
         threads: int,
         gpu: bool,
+        merge: bool,
         registry: RegistryReader,
     ) -> Engine:
         import torch
@@ -76,10 +78,12 @@ class PersonaPool:
         from persona_models.base_model import load_base
         from persona_models.engine import PersonaEngine
 
-        # Ray sets OMP_NUM_THREADS to the CPUs it reserves, which would leave the other cores idle.
-        torch.set_num_threads(threads)
+        # The engine's thread alone may use several: see PersonaEngine.
+        torch.set_num_threads(1)
         base = load_base(base_spec, device="cuda" if gpu else "cpu", dtype=dtype)
-        engine = PersonaEngine(base, manners=manners, max_rows=rows, max_queue=queue)
+        engine = PersonaEngine(
+            base, manners=manners, max_rows=rows, max_queue=queue, merged=personas[0] if merge and len(personas) == 1 else None, threads=threads
+        )
         for persona in personas:
             adapter, version = None, NO_ADAPTER
             try:

@@ -1,96 +1,125 @@
 """Continuous batching over one base and many adapters: requests in, token events out.
 
-One thread owns the model. Between two steps it takes cancellations and new adapters, admits at most one waiting request (prefill), then runs one
-decode step over all rows. Rows are aligned at the right: a row admitted later is padded on the left, and columns that no row needs are dropped.
-A row keeps the adapter versions it began with. Knows nothing of HTTP, Ray or MLflow.
+One thread owns the model. Between two steps it takes cancellations and new adapters and admits a waiting request; then it feeds that request's prompt a
+chunk at a time, so that the others keep streaming, and runs one decode step over all rows. A row keeps the adapter versions it began with.
+Knows nothing of HTTP, Ray or MLflow.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import DynamicCache
 
+from persona_models import sampling
 from persona_models.adapters import Adapter
+from persona_models.answer import Answer, Outcome, check_request
 from persona_models.base_model import BaseModel
+from persona_models.decoder import make_decoder
 from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
-from persona_models.gated_lora import LoraBank
+from persona_models.gated_lora import LoraBank, Merge
 from persona_models.prompt import fit_prompt
-from persona_models.protocol import EngineStatus, FinishReason, GenerateRequest, TokenEvent
+from persona_models.protocol import EngineStatus, GenerateRequest, TokenEvent
 
-# Below this temperature sampling is greedy: dividing by less would overflow.
-COLDEST = 1e-3
+# Prompt tokens between two decode steps: on a CPU about as long as ten of them.
+CHUNK_TOKENS = 256
+# Events leave together, at most this often; waking the readers after every token would cost a small model half its speed on two cores.
+SEND_EVERY_S = 0.01
+CLOSING = "the engine is shutting down; try again shortly"
 
 
-@dataclass
-class _Row:
-    """One answer in the making."""
+@dataclass(eq=False)
+class _Work:
+    """Something to do between two steps; `alone` waits until no row is in flight."""
 
-    request: GenerateRequest
-    prompt: list[int]
-    max_tokens: int
-    emit: Callable[[TokenEvent | BaseException], None]
-    gate: dict[str, float] = field(default_factory=dict)  # slot name -> weight
-    versions: dict[str, str] = field(default_factory=dict)
-    tokens: list[int] = field(default_factory=list)
-    stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
-    decoded: int = 0  # characters that left the stream
-    held: str = ""  # decoded, not yet sent: it may be the beginning of a stop string
-    random: torch.Generator | None = None
-    cancelled: bool = False
+    do: Callable[[], None]
+    alone: bool = False
+    done: Future[None] = field(default_factory=Future)
 
 
 class PersonaEngine:
-    """An Engine over a loaded base. `manners` are the personas' system prompts, used by bases that read system messages."""
+    """An Engine over a loaded base.
 
-    def __init__(self, base: BaseModel, *, manners: Mapping[str, str] | None = None, max_rows: int = 16, max_queue: int = 64) -> None:
+    manners: the personas' system prompts, for bases that read system messages. merged: the one persona of a dedicated engine, whose adapter is added to
+    the base's own weights instead of gated beside them; the engine then answers for nobody else. threads: torch threads of the model's thread on a
+    CPU, by default as many as of the caller's. While another thread of the process keeps OpenMP threads of its own, GNU's OpenMP waits by sleeping and
+    not by spinning, and a step takes three times as long: load a model with `torch.set_num_threads(1)` where it is to be served.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        manners: Mapping[str, str] | None = None,
+        max_rows: int = 16,
+        max_queue: int = 64,
+        merged: str | None = None,
+        threads: int | None = None,
+    ) -> None:
         self.base = base
         self.manners = dict(manners or {})
-        self.max_rows, self.max_queue = max_rows, max_queue
+        self.max_rows, self.max_queue, self.merged = max_rows, max_queue, merged
         self._bank = LoraBank(base.model)
+        self._merge = Merge(base.model) if merged else None
+        self._decoder = make_decoder(base.model, self._bank, max_rows, base.context_tokens)
         self._slot_of: dict[str, str] = {}  # persona -> slot of its current version
         self._versions: dict[str, str] = {}
         self._uses: dict[str, int] = {}  # slot -> rows that still need it
         self._loads = 0
-        self._waiting: deque[_Row] = deque()
-        self._work: deque[tuple[Callable[[], None], Future[None]]] = deque()
-        self._rows: list[_Row] = []
-        self._batch = _Batch(base)
+        self._loading: dict[tuple[str, str], Future[None]] = {}
+        self._waiting: deque[Answer] = deque()
+        self._work: deque[_Work] = deque()
+        # Rows by their place in the decoder; the last one may still be reading its prompt.
+        self._rows: list[Answer] = []
+        self._sent: list[tuple[Answer, Outcome]] = []
+        self._last_sent_s = 0.0
         self._wake = threading.Condition()
         self._closing = False
         self._broken: str | None = None
+        self._threads = threads or torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="persona-engine", daemon=True)
         self._thread.start()
 
     # -- called from any thread ---------------------------------------------------------------------------------------------------------
 
-    def load_adapter(self, persona: str, adapter: Adapter, version: str) -> None:
-        """Make `version` the persona's adapter for rows admitted from now on; blocks until it is in place. Running rows finish on the old one."""
-        done: Future[None] = Future()
+    def load_adapter(self, persona: str, adapter: Adapter | Callable[[], Adapter], version: str) -> None:
+        """Make `version` the persona's adapter for rows admitted from now on; blocks until it is in place. Running rows finish on the old one.
 
-        def load() -> None:
-            self._loads += 1
-            slot = f"{persona}#{self._loads}"
-            self._bank.load(slot, adapter.rank, adapter.factors)
-            old = self._slot_of.get(persona)
-            self._slot_of[persona], self._versions[persona], self._uses[slot] = slot, version, 0
-            if old:
-                self._release(old)
-            self._reopen()
-
+        adapter: what to load, or a function that reads it; of several callers for one version the first one's is read, and all wait for it.
+        Raises what the function raises, and NotReadyError from a closed engine; nothing has changed then.
+        """
         with self._wake:
             self._refuse_if_closed()
-            self._work.append((load, done))
-            self._wake.notify()
-        done.result()
+            pending = self._loading.get((persona, version))
+            if pending is None:
+                mine = self._loading[persona, version] = Future()
+        if pending is not None:
+            return pending.result()
+        try:
+            found = adapter() if callable(adapter) else adapter
+            self._between_steps(partial(self._load, persona, found, version), alone=self._merge is not None)
+        except BaseException as e:
+            mine.set_exception(e)
+            raise
+        else:
+            mine.set_result(None)
+        finally:
+            with self._wake:
+                del self._loading[persona, version]
+
+    def unload_adapter(self, persona: str) -> None:
+        """Take a persona away from requests to come; rows in flight finish. Raises UnknownModelError where none is loaded."""
+        if persona not in self._versions:
+            raise self._unknown(persona)
+        self._between_steps(partial(self._unload, persona), alone=self._merge is not None)
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -105,21 +134,10 @@ class PersonaEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent]:
         """See Engine.generate."""
-        for persona in request.gate:
-            if persona not in self._slot_of:
-                raise UnknownModelError(
-                    f"no adapter of the persona {persona!r} is loaded; loaded are {', '.join(self._slot_of) or 'none'}", param="model"
-                )
+        self._check(request)
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[TokenEvent | BaseException] = asyncio.Queue()
-
-        def emit(event: TokenEvent | BaseException) -> None:
-            # The caller's loop may be gone with the caller; then nobody waits for the event.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
         # Tokenising a long conversation takes a while, and other answers stream on this loop.
-        row = await loop.run_in_executor(None, self._row, request, emit)
+        row = await loop.run_in_executor(None, self._row, request, loop)
         with self._wake:
             self._refuse_if_closed()
             if len(self._waiting) >= self.max_queue:
@@ -128,7 +146,15 @@ class PersonaEngine:
             self._wake.notify()
         try:
             while True:
-                event = await events.get()
+                event = await row.events.get()
+                # A reader slower than the model gets several tokens at once, not a growing backlog.
+                while not (isinstance(event, BaseException) or event.finish_reason or row.events.empty()):
+                    further = row.events.get_nowait()
+                    if isinstance(further, BaseException):
+                        yield event
+                        event = further
+                    else:
+                        event = replace(further, text=event.text + further.text, logprobs=event.logprobs + further.logprobs)
                 if isinstance(event, BaseException):
                     raise event
                 yield event
@@ -145,14 +171,36 @@ class PersonaEngine:
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
     def uninstall(self) -> None:
-        """After close: put the base's own layers back, so that it can be used for something else."""
+        """After close: put the base's own layers and weights back, so that it can be used for something else."""
         self._bank.uninstall()
+        if self._merge:
+            self._merge.undo()
+
+    def _between_steps(self, do: Callable[[], None], *, alone: bool) -> None:
+        work = _Work(do, alone)
+        with self._wake:
+            self._refuse_if_closed()
+            self._work.append(work)
+            self._wake.notify()
+        work.done.result()
 
     def _refuse_if_closed(self) -> None:
         if self._closing or self._broken:
-            raise NotReadyError(self._broken or "the engine is shutting down; try again shortly")
+            raise NotReadyError(self._broken or CLOSING)
 
-    def _row(self, request: GenerateRequest, emit: Callable[[TokenEvent | BaseException], None]) -> _Row:
+    def _unknown(self, persona: str) -> UnknownModelError:
+        return UnknownModelError(f"no adapter of the persona {persona!r} is loaded; loaded are {', '.join(self._versions) or 'none'}", param="model")
+
+    def _check(self, request: GenerateRequest) -> None:
+        """Refuse what cannot be done before it costs anything."""
+        for persona in request.gate:
+            if persona not in self._versions:
+                raise self._unknown(persona)
+        if self.merged and dict(request.gate) != {self.merged: 1.0}:
+            raise UnknownModelError(f"this engine answers as {self.merged!r} alone, whose adapter is merged into its base", param="model")
+        check_request(request, self.base.model.config.vocab_size)
+
+    def _row(self, request: GenerateRequest, loop: asyncio.AbstractEventLoop) -> Answer:
         lead = max(request.gate, key=lambda p: request.gate[p]) if request.gate else ""
         # A quarter of the context is kept for the answer, unless less was asked for; a short prompt leaves it more.
         least = min(request.max_tokens, self.base.context_tokens // 4)
@@ -163,46 +211,37 @@ class PersonaEngine:
             manner=self.manners.get(lead, ""),
             room_tokens=self.base.context_tokens - least,
         )
-        row = _Row(request, prompt, min(request.max_tokens, self.base.context_tokens - len(prompt)), emit)
-        if request.temperature >= COLDEST:
-            row.random = torch.Generator(device=self.base.device)
-            row.random.manual_seed(request.seed) if request.seed is not None else row.random.seed()
-        return row
+        room = min(request.max_tokens, self.base.context_tokens - len(prompt))
+        random = sampling.generator(request, self.base.device)
+        return Answer(request, prompt, room, self.base.tokenizer, self.base.stop_ids, loop, random)
 
     # -- the model's thread ---------------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        torch.set_num_threads(self._threads)
         try:
             with torch.inference_mode():
                 while self._wait():
-                    while self._work:
-                        self._do(*self._work.popleft())
-                    self._drop([r for r in self._rows if r.cancelled])
-                    if self._waiting and len(self._rows) < self.max_rows:
-                        self._admit(self._waiting.popleft())
-                    if self._rows:
-                        self._step()
+                    self._do_work()
+                    self._drop_cancelled()
+                    self._admit()
+                    self._feed()
+                    self._step()
+                    if self._due():
+                        self._flush()
         except Exception as e:  # a fault of the model ends every row with an error, never silently
             self._broken = f"the model stopped: {type(e).__name__}: {e}"
-        gone = WorkError(self._broken) if self._broken else NotReadyError("the engine is shutting down; try again shortly")
+        gone = WorkError(self._broken) if self._broken else NotReadyError(CLOSING)
         with self._wake:
             # Under the lock: whoever comes later is refused, and nobody is left waiting for an event that never comes.
             self._closing = True
-            for row in [*self._rows, *self._waiting]:
-                row.emit(gone)
-            for _, done in self._work:
-                done.set_exception(gone)
+            self._sent += [(row, gone) for row in [*self._rows, *self._waiting]]
+            self._flush()
+            for work in self._work:
+                work.done.set_exception(gone)
             self._rows.clear()
             self._waiting.clear()
             self._work.clear()
-
-    @staticmethod
-    def _do(work: Callable[[], None], done: Future[None]) -> None:
-        try:
-            work()
-            done.set_result(None)
-        except Exception as e:
-            done.set_exception(e)
 
     def _wait(self) -> bool:
         with self._wake:
@@ -210,76 +249,109 @@ class PersonaEngine:
                 self._wake.wait()
             return not self._closing
 
-    def _admit(self, row: _Row) -> None:
+    def _do_work(self) -> None:
+        while self._work and not (self._work[0].alone and self._rows):
+            work = self._work.popleft()
+            try:
+                work.do()
+                work.done.set_result(None)
+            except Exception as e:
+                work.done.set_exception(e)
+
+    def _load(self, persona: str, adapter: Adapter, version: str) -> None:
+        if self._merge:
+            self._merge.apply(adapter.factors)
+            self._decoder = make_decoder(self.base.model, self._bank, self.max_rows, self.base.context_tokens)
+            self._versions[persona] = version
+            return
+        self._loads += 1
+        slot = f"{persona}#{self._loads}"
+        self._bank.load(slot, adapter.rank, adapter.factors)
+        old = self._slot_of.get(persona)
+        self._slot_of[persona], self._versions[persona], self._uses[slot] = slot, version, 0
+        if old:
+            self._release(old)
+
+    def _unload(self, persona: str) -> None:
+        self._versions.pop(persona, None)
+        if old := self._slot_of.pop(persona, None):
+            self._release(old)
+
+    def _admit(self) -> None:
+        """Give a waiting request a row, unless one is still reading its prompt, or something waits for the rows to end."""
+        if not self._waiting or len(self._rows) >= self.max_rows or self._reading or self._work:
+            return
+        row = self._waiting.popleft()
         if row.cancelled:
             return
-        row.gate = {self._slot_of[p]: w for p, w in row.request.gate.items()}
+        if gone := [p for p in row.request.gate if p not in self._versions]:
+            self._sent.append((row, self._unknown(gone[0])))
+            return
         row.versions = {p: self._versions[p] for p in row.request.gate}
+        row.gate = {self._slot_of[p]: w for p, w in row.request.gate.items() if p in self._slot_of}
         for slot in row.gate:
             self._uses[slot] += 1
-        self._bank.gate.rows = self._bank.open([row.gate])
-        try:
-            logits = self._batch.prefill(row.prompt)
-        except Exception as e:
-            for slot in row.gate:
-                self._uses[slot] -= 1
-            row.emit(WorkError(f"the model failed on this prompt: {type(e).__name__}: {e}"))
-            self._reopen()
-            return
+        self._decoder.open(len(self._rows), row.gate)
         self._rows.append(row)
-        self._reopen()
-        self._take_safely(row, logits[0])
-        self._drop([r for r in [row] if r.cancelled])
+
+    @property
+    def _reading(self) -> bool:
+        return bool(self._rows) and self._rows[-1].fed < len(self._rows[-1].prompt)
+
+    def _feed(self) -> None:
+        """Give the row that reads its prompt the next chunk of it, and its first token after the last one."""
+        if not self._reading:
+            return
+        place, row = len(self._rows) - 1, self._rows[-1]
+        chunk = row.prompt[row.fed : row.fed + CHUNK_TOKENS]
+        try:
+            logits = self._decoder.prefill(place, chunk)
+        except Exception as e:
+            self._sent.append((row, WorkError(f"the model failed on this prompt: {type(e).__name__}: {e}")))
+            row.cancelled = True
+            self._drop_cancelled()
+            return
+        row.fed += len(chunk)
+        if row.fed == len(row.prompt):
+            self._take_all([row], logits[None])
 
     def _step(self) -> None:
-        logits = self._batch.step([r.tokens[-1] for r in self._rows])
-        for i, row in enumerate(self._rows):
-            self._take_safely(row, logits[i])
-        self._drop([r for r in self._rows if r.cancelled])
+        rows = self._rows[:-1] if self._reading else self._rows
+        if rows:
+            self._take_all(rows, self._decoder.step([r.tokens[-1] for r in rows]))
 
-    def _take_safely(self, row: _Row, logits: Tensor) -> None:
-        """A fault of one row ends that row, not the batch."""
-        try:
-            self._take(row, logits)
-        except Exception as e:
-            row.emit(WorkError(f"sampling failed: {type(e).__name__}: {e}"))
-            row.cancelled = True
+    def _take_all(self, rows: list[Answer], logits: Tensor) -> None:
+        """Sample the next token of every row from logits (n, V); a fault of one row ends that row, not the batch."""
+        likeliest = logits.argmax(-1).tolist()
+        for i, row in enumerate(rows):
+            try:
+                event = row.take(logits[i], likeliest[i])
+                if event:
+                    self._sent.append((row, event))
+            except Exception as e:
+                self._sent.append((row, WorkError(f"sampling failed: {type(e).__name__}: {e}")))
+                row.cancelled = True
+        self._drop_cancelled()
 
-    def _take(self, row: _Row, logits: Tensor) -> None:
-        """Sample a row's next token from logits (V,), send what it adds to the text, and mark the row as done where it ends."""
-        token = _sample(logits, row)
-        row.tokens.append(token)
-        ended: FinishReason | None = None
-        piece = ""
-        if token in self.base.stop_ids:
-            ended = "stop"
-        else:
-            piece = row.stream.step(self.base.tokenizer.backend_tokenizer, token) or ""
-            row.decoded += len(piece)
-            if len(row.tokens) >= row.max_tokens:
-                ended = "length"
-        if ended:
-            # The stream holds back bytes that may still become a character; at the end they are said as they are.
-            said = row.tokens[:-1] if token in self.base.stop_ids else row.tokens
-            piece += self.base.tokenizer.decode(said, skip_special_tokens=True)[row.decoded :]
-        text, row.held, stopped = _until_stop(row.held + piece, row.request.stop, flush=ended is not None)
-        ended = "stop" if stopped else ended
-        if text or ended:
-            row.emit(TokenEvent(text, len(row.tokens), len(row.prompt), ended, row.versions))
-        row.cancelled = row.cancelled or ended is not None
+    def _drop_cancelled(self) -> None:
+        for place in reversed(range(len(self._rows))):
+            if self._rows[place].cancelled:
+                self._drop(place)
 
-    def _drop(self, rows: list[_Row]) -> None:
-        if not rows:
-            return
-        keep = [i for i, r in enumerate(self._rows) if r not in rows]
-        for row in rows:
-            for slot in row.gate:
-                self._uses[slot] -= 1
-                if slot not in self._slot_of.values():
-                    self._release(slot)
-        self._rows = [self._rows[i] for i in keep]
-        self._batch.keep(keep)
-        self._reopen()
+    def _drop(self, place: int) -> None:
+        """Free a row. The last one takes its place; where that one still reads its prompt it must stay last, and the one before it moves first."""
+        row, last = self._rows[place], len(self._rows) - 1
+        for gap in [last - 1, last] if self._reading and place < last - 1 else [last]:
+            if place != gap:
+                self._decoder.move(gap, place)
+                self._rows[place] = self._rows[gap]
+            place = gap
+        self._decoder.close(last)
+        self._rows.pop()
+        for slot in row.gate:
+            self._uses[slot] -= 1
+            if slot not in self._slot_of.values():
+                self._release(slot)
 
     def _release(self, slot: str) -> None:
         """Free the slot of a version that is no longer current once no row needs it."""
@@ -287,92 +359,25 @@ class PersonaEngine:
             self._bank.unload(slot)
             del self._uses[slot]
 
-    def _reopen(self) -> None:
-        self._bank.gate.rows = self._bank.open([r.gate for r in self._rows])
+    def _due(self) -> bool:
+        """Whether events should leave now: after a while, and at once where an answer begins or ends, or nothing else is being made."""
+        if time.monotonic() - self._last_sent_s >= SEND_EVERY_S or not self._rows:
+            return True
+        return any(isinstance(e, BaseException) or e.finish_reason or e.completion_tokens == 1 for _, e in self._sent)
+
+    def _flush(self) -> None:
+        """Hand the events of the last steps over, in one call for each event loop."""
+        self._last_sent_s = time.monotonic()
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Answer, Outcome]]] = {}
+        for row, event in self._sent:
+            by_loop.setdefault(row.loop, []).append((row, event))
+        self._sent.clear()
+        for loop, sent in by_loop.items():
+            # The caller's loop may be gone with the caller; then nobody waits for the event.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_deliver, sent)
 
 
-class _Batch:
-    """The key-value cache of the rows in flight, all of one length T, shorter rows padded on the left."""
-
-    def __init__(self, base: BaseModel) -> None:
-        self.base = base
-        self.cache: DynamicCache | None = None
-        self.mask = torch.zeros(0, 0, dtype=torch.long, device=base.device)  # (B, T)
-
-    def prefill(self, prompt: list[int]) -> Tensor:
-        """Add a row; returns its next-token logits (1, V). The gate must be open for this row alone."""
-        ids = torch.tensor([prompt], device=self.base.device)
-        cache = DynamicCache()
-        out = self.base.model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self._join(cache, len(prompt))
-        return out.logits[:, -1]
-
-    def step(self, last: list[int]) -> Tensor:
-        """Feed each row its last token; returns next-token logits (B, V)."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(last), 1)], dim=1)
-        positions = self.mask.sum(1, keepdim=True) - 1
-        ids = torch.tensor(last, device=self.base.device).unsqueeze(1)
-        out = self.base.model(input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True)
-        return out.logits[:, -1]
-
-    def keep(self, rows: list[int]) -> None:
-        """Keep these rows only, and drop the columns that were padding for all of them."""
-        if self.cache is None:
-            return
-        if not rows:
-            self.cache, self.mask = None, self.mask[:0, :0]
-            return
-        index = torch.tensor(rows, device=self.mask.device)
-        self.mask = self.mask[index]
-        first = int(self.mask.argmax(1).min())
-        self.mask = self.mask[:, first:]
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[index, :, first:], layer.values[index, :, first:]
-
-    def _join(self, new: DynamicCache, length: int) -> None:
-        mask = self.mask.new_ones(1, length)
-        if self.cache is None:
-            self.cache, self.mask = new, mask
-            return
-        total = max(self.mask.shape[1], length)
-        for old, add in zip(self.cache.layers, new.layers, strict=True):
-            old.keys = torch.cat([_pad_left(old.keys, total), _pad_left(add.keys, total)])
-            old.values = torch.cat([_pad_left(old.values, total), _pad_left(add.values, total)])
-        self.mask = torch.cat([_pad_columns(self.mask, total), _pad_columns(mask, total)])
-
-
-def _pad_left(states: Tensor, total: int) -> Tensor:
-    """(B, H, T, D) -> (B, H, total, D), zeros on the left."""
-    return torch.nn.functional.pad(states, (0, 0, total - states.shape[-2], 0))
-
-
-def _pad_columns(mask: Tensor, total: int) -> Tensor:
-    """(B, T) -> (B, total), zeros on the left."""
-    return torch.nn.functional.pad(mask, (total - mask.shape[-1], 0))
-
-
-def _sample(logits: Tensor, row: _Row) -> int:
-    """One token from logits (V,): the largest at temperature 0, else from the nucleus of probability top_p."""
-    if row.random is None:
-        return int(logits.argmax())
-    probs = torch.softmax(logits.float() / row.request.temperature, dim=-1)
-    if row.request.top_p < 1.0:
-        ranked, order = probs.sort(descending=True)
-        # A token stays while the probability before it is under top_p, so that at least one stays.
-        ranked = ranked * ((ranked.cumsum(-1) - ranked) < row.request.top_p)
-        return int(order[torch.multinomial(ranked, 1, generator=row.random)])
-    return int(torch.multinomial(probs, 1, generator=row.random))
-
-
-def _until_stop(text: str, stops: tuple[str, ...], *, flush: bool) -> tuple[str, str, bool]:
-    """Split text at the first stop string.
-
-    Returns (what may be sent, what must wait because it may begin a stop string, whether a stop string was met).
-    """
-    found = [i for s in stops if (i := text.find(s)) >= 0]
-    if found:
-        return text[: min(found)], "", True
-    if flush:
-        return text, "", False
-    wait = max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    return text[: len(text) - wait], text[len(text) - wait :], False
+def _deliver(sent: list[tuple[Answer, Outcome]]) -> None:
+    for row, event in sent:
+        row.events.put_nowait(event)

@@ -142,3 +142,28 @@ class LoraBank:
         layer = GatedLinear(getattr(owner, leaf), self.gate, self.rank)
         setattr(owner, leaf, layer)
         self.layers[module] = layer
+
+
+class Merge:
+    """One adapter inside the model's own weights: no gate and no cost, for a model that serves one persona."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._own: dict[str, Tensor] = {}  # module name -> its weight as it was
+
+    @torch.no_grad()
+    def apply(self, factors: Factors) -> None:
+        """Put an adapter in place of the one before, computed from the weights as they were, so that nothing adds up over many swaps."""
+        self.undo()
+        for module, (a, b) in factors.items():
+            layer = self.model.get_submodule(module)
+            self._own[module] = layer.weight.detach().clone()
+            delta = (a.T @ b if isinstance(layer, Conv1D) else b.T @ a).to(layer.weight)
+            layer.weight.add_(delta)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the model's own weights back."""
+        for module, weight in self._own.items():
+            self.model.get_submodule(module).weight.copy_(weight)
+        self._own.clear()

@@ -30,6 +30,8 @@ class GenerateRequest:
 
     gate: persona id -> weight of its adapter; empty means the base alone, one entry of 1.0 one persona, several a mixture.
     document: the knowledge article as text, or None; where it is None the model hands over instead of inventing steps.
+    top_k: 0 for all tokens; min_tokens: the answer does not end before; logit_bias: token id -> what is added to its logit;
+    logprobs: None, or how many of the likeliest tokens are reported beside each token's own log-probability.
     """
 
     request_id: str
@@ -41,14 +43,28 @@ class GenerateRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_k: int = 0
+    min_tokens: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of the answer with its natural log-probability, and the likeliest tokens at its place with theirs."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A piece of an answer.
+    """A piece of an answer: one token or, where the reader is slower than the model, several.
 
     text may be empty: a token can end inside a character, or inside what may become a stop string. The last event carries finish_reason;
-    versions (persona id -> "builtin" or registry version) is on every event and does not change within one answer.
+    versions (persona id -> "builtin" or registry version) is on every event and does not change within one answer. logprobs are those of the
+    tokens since the last event, where the request asked for them.
     """
 
     text: str
@@ -56,6 +72,7 @@ class TokenEvent:
     prompt_tokens: int
     finish_reason: FinishReason | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,8 @@ class Engine(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent]:
         """Yield the answer's events.
 
-        Closing the iterator cancels the row. Raises ContextLengthError, QueueFullError, UnknownModelError (a gate names no loaded persona).
+        Closing the iterator cancels the row. Raises InputError (what is asked cannot be done), ContextLengthError, QueueFullError,
+        UnknownModelError (a gate names no loaded persona).
         """
         ...
 

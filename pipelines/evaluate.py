@@ -106,7 +106,8 @@ def generate_answers(
 async def _generate(
     base: BaseModel, samples: Sequence[Sample], adapter: Adapter | None, persona: str, manner: str, max_tokens: int, title: str
 ) -> list[Answer]:
-    engine = PersonaEngine(base, manners={persona: manner}, max_rows=16, max_queue=len(samples) + 1)
+    # Losses are computed in this thread, with all of torch's: see PersonaEngine.
+    engine = PersonaEngine(base, manners={persona: manner}, max_rows=16, max_queue=len(samples) + 1, threads=1)
     gate = {}
     if adapter:
         engine.load_adapter(persona, adapter, "eval")

@@ -76,6 +76,7 @@ def _pool(config: Config, pool: Pool, total_replicas: int) -> serve.Application:
         queue=pool.queue,
         threads=replica_threads(pool.threads, total_replicas),
         gpu=gpus > 0,
+        merge=pool.merge,
         registry_uri=config.registry_uri,
         cache=config.state / "cache",
     )
@@ -137,7 +138,8 @@ class Ingress:
         for pool in config.pools:
             for persona in config.personas_of(pool):
                 engines.setdefault(persona, self._pools[pool.name])
-            engines.setdefault(BASE, self._pools[pool.name])
+            if not pool.merge:
+                engines.setdefault(BASE, self._pools[pool.name])
         store = FeedbackStore(config.feedback_url, remember=config.feedback.remember, keep_text=config.feedback.keep_text != "never")
         self._desk = Desk(config, load_classifier(config), load_knowledge(config), engines, store)
 

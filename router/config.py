@@ -59,6 +59,7 @@ class Pool(Section):
     threads: int | None = Field(None, ge=1, description="torch threads per replica on a CPU; None: the machine's cores shared by the replicas")
     rows: int = Field(16, ge=1, le=512, description="requests in one batch")
     queue: int = Field(64, ge=0, le=10_000, description="requests that may wait for a row; further ones get 503")
+    merge: bool = Field(False, description="a pool of one persona: its adapter is added to the base's weights, and costs nothing per token")
 
     @field_validator("gpus")
     @classmethod
@@ -159,6 +160,10 @@ class Config(Section):
             for persona in () if pool.personas == "all" else pool.personas:
                 if persona not in known:
                     raise ValueError(f"pools: {pool.name} names the persona {persona!r}; known are {', '.join(known)}")
+            if pool.merge and len(self.personas_of(pool)) != 1:
+                raise ValueError(f"pools: {pool.name} has merge: true, which takes one persona; give it a list of one")
+        if all(pool.merge for pool in self.pools):
+            raise ValueError("pools: every pool has merge: true, and none could answer as the base; leave one without it")
         served = {p for pool in self.pools for p in self.personas_of(pool)}
         if missing := [p for p in known if p not in served]:
             raise ValueError(f"pools: no pool serves {', '.join(missing)}; add them to a pool, or use `personas: all`")

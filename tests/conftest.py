@@ -47,24 +47,25 @@ def tiny_base_folder(tmp_path_factory, tiny_tokenizer) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("base"), tiny_tokenizer)
 
 
-def save_tiny(kind: str, folder: Path, tokenizer, *, seed: int = 0, context: int = 256) -> Path:
-    """Write a tiny random model of an architecture with a tokenizer into a folder."""
+def save_tiny(kind: str, folder: Path, tokenizer, *, seed: int = 0, context: int = 256, hidden: int = 32, **more) -> Path:
+    """Write a tiny random model of an architecture with a tokenizer into a folder; `more` goes into its configuration."""
     import torch
-    from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config, Qwen3Config
 
     common = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
     sized = common | {
-        "hidden_size": 32,
+        "hidden_size": hidden,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": context,
     }
-    grouped = sized | {"num_key_value_heads": 2}
+    grouped = sized | {"num_key_value_heads": 2} | more
     configs = {
         "llama": lambda: LlamaConfig(**grouped),
         "qwen2": lambda: Qwen2Config(**grouped),
         "qwen3": lambda: Qwen3Config(**grouped, head_dim=8),
+        "mistral": lambda: MistralConfig(**grouped),
         "neox": lambda: GPTNeoXConfig(**sized),
         "phi": lambda: PhiConfig(**sized),
         "gpt2": lambda: GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=context),

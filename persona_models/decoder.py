@@ -1,0 +1,119 @@
+"""The model of the batch: rows that tokens are appended to, and the logits that come back.
+
+Two implementations: transformers' own forward pass over a RowCache, for every architecture and device, with the gate of gated_lora.py; and
+fused.py for Llama-like models on a CPU. This file knows nothing of requests, streams or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from persona_models.errors import ConfigError
+from persona_models.fused import FusedDecoder, fits
+from persona_models.gated_lora import LoraBank
+from persona_models.row_cache import RowCache, TransformersCache, chunk_mask
+
+ATTENTION = ("full_attention", "sliding_attention")
+
+
+class Decoder(Protocol):
+    """Rows 0 to n - 1 are in flight; call it from one thread."""
+
+    def open(self, row: int, gate: Mapping[str, float]) -> None:
+        """Give a free row its adapters, slot name -> weight, and forget what it held before."""
+        ...
+
+    def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
+        """Append tokens to a row; returns the next-token logits of the last one, (V,)."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Feed the first n rows their last tokens; returns next-token logits (n, V)."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over another one."""
+        ...
+
+    def close(self, row: int) -> None:
+        """Free a row."""
+        ...
+
+
+def make_decoder(model: Any, bank: LoraBank, rows: int, limit: int) -> Decoder:
+    """The fastest decoder that fits the model; `limit` is the longest row in tokens. Raises ConfigError for a model whose rows cannot share a batch."""
+    kinds = set(getattr(model.config, "layer_types", None) or ATTENTION[:1])
+    if strangers := kinds - set(ATTENTION):
+        raise ConfigError(f"base: {model.config.model_type} has layers of the kind {', '.join(sorted(strangers))}, which cannot be batched here yet")
+    return FusedDecoder(model, bank, rows, limit) if fits(model) else TransformersDecoder(model, bank, rows, limit)
+
+
+class TransformersDecoder:
+    """See Decoder."""
+
+    def __init__(self, model: Any, bank: LoraBank, rows: int, limit: int) -> None:
+        self.model, self.bank = model, bank
+        self.device = model.device
+        self.cache = RowCache(model.config.num_hidden_layers, rows, limit, model.dtype, model.device)
+        self.shown = TransformersCache(self.cache)
+        self.gates: list[Mapping[str, float]] = [{} for _ in range(rows)]
+        self._gate: tuple[list[Mapping[str, float]], int, Tensor | None] | None = None  # (gates, R, gate) of the last step
+        self.window: int | None = getattr(model.config, "sliding_window", None)
+        self.kinds = getattr(model.config, "layer_types", None)
+
+    def open(self, row: int, gate: Mapping[str, float]) -> None:
+        self.cache.clear(row)
+        self.gates[row] = gate
+
+    def move(self, source: int, target: int) -> None:
+        self.cache.move(source, target)
+        self.gates[target] = self.gates[source]
+
+    def close(self, row: int) -> None:
+        self.open(row, {})
+
+    def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
+        start = self.cache.grow(row, len(ids))
+        self.shown.chunk(row, start)
+        positions = torch.arange(start, start + len(ids), device=self.device)[None]
+        mask = chunk_mask(start, len(ids), self.cache.dtype, self.device)
+        return self._forward(torch.tensor([ids], device=self.device), positions, mask, self.bank.open([self.gates[row]]))[0]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        n = len(tokens)
+        self.cache.reserve(max(self.cache.lengths[:n]) + 1)
+        at = self.cache.next_columns(n)
+        self.shown.next_tokens(at)
+        mask = self.cache.mask[:n, :, :, : max(self.cache.lengths[:n])]
+        return self._forward(torch.tensor(tokens, device=self.device)[:, None], at[:, None], mask, self._open(self.gates[:n]))
+
+    def _open(self, gates: list[Mapping[str, float]]) -> Tensor | None:
+        """The gate of a batch, made anew only where rows or slots changed."""
+        if self._gate is None or self._gate[0] != gates or self._gate[1] != self.bank.rank:
+            self._gate = (gates, self.bank.rank, self.bank.open(gates))
+        return self._gate[2]
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, gate: Tensor | None) -> Tensor:
+        """(B, T) tokens at positions (B, T), looking where mask (B, 1, T, C) is 0 -> logits of the last ones, (B, V)."""
+        self.bank.gate.rows = gate
+        out = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._masks(mask, positions),
+            past_key_values=self.shown,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _masks(self, mask: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+        if self.window is None or (self.kinds is not None and "sliding_attention" not in self.kinds):
+            return mask
+        columns = torch.arange(mask.shape[-1], device=self.device)
+        near = mask.masked_fill((columns <= positions[..., None] - self.window)[:, None], float("-inf"))
+        return near if self.kinds is None else {"full_attention": mask, "sliding_attention": near}

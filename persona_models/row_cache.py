@@ -1,0 +1,166 @@
+"""Keys and values of the rows in flight, allocated once: row i's token at position p lies in column p.
+
+Nothing is concatenated or padded from one step to the next; a step writes one column a row, and attention reads the columns up to the longest row.
+`TransformersCache` shows it to any model of transformers as one of its caches. This file knows nothing of requests or sampling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+# Columns come in blocks of this many tokens.
+BLOCK = 128
+
+
+class RowCache:
+    """Per layer keys and values of (rows, H, C, D), H key-value heads of size D over C columns; C doubles until `limit`."""
+
+    def __init__(self, layers: int, rows: int, limit: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.limit, self.dtype, self.device = rows, limit, dtype, device
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+        self.lengths = [0] * rows
+        self.columns = min(BLOCK, limit)
+        # (rows, 1, 1, C), added to attention scores: 0 up to the row's length, -inf beyond.
+        self.mask = self._closed(self.columns)
+        self._at = torch.arange(rows, device=device)
+
+    def reserve(self, columns: int) -> None:
+        """Make room for rows of `columns` tokens."""
+        if columns <= self.columns:
+            return
+        wide = min(self.limit, max(2 * self.columns, -(-columns // BLOCK) * BLOCK))
+        for kind in (self.keys, self.values):
+            for i, old in enumerate(kind):
+                if old is not None:
+                    new = old.new_zeros(*old.shape[:2], wide, old.shape[3])
+                    new[:, :, : self.columns] = old
+                    kind[i] = new
+        mask = self._closed(wide)
+        mask[..., : self.columns] = self.mask
+        self.mask, self.columns = mask, wide
+
+    def clear(self, row: int) -> None:
+        """Forget a row's tokens."""
+        self.lengths[row] = 0
+        self.mask[row] = float("-inf")
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over another one."""
+        n = self.lengths[source]
+        for kind in (self.keys, self.values):
+            for states in kind:
+                if states is not None:
+                    states[target, :, :n] = states[source, :, :n]
+        self.lengths[target] = n
+        self.mask[target] = self.mask[source]
+
+    def next_columns(self, n: int) -> Tensor:
+        """Open one more column for each of the first n rows; returns where their next tokens go, (n,)."""
+        at = torch.tensor(self.lengths[:n], device=self.device)
+        self.mask[self._at[:n], 0, 0, at] = 0.0
+        for row in range(n):
+            self.lengths[row] += 1
+        return at
+
+    def put(self, layer: int, at: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write one token of the first n rows: keys and values (n, H, D) at columns `at` (n,)."""
+        rows = self._at[: len(at)]
+        k, v = self._columns_for(layer, keys.shape[1], keys.shape[2])
+        k[rows, :, at] = keys
+        v[rows, :, at] = values
+
+    def put_chunk(self, layer: int, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write consecutive tokens of one row: keys and values (H, T, D) from column `start`."""
+        k, v = self._columns_for(layer, keys.shape[0], keys.shape[2])
+        k[row, :, start : start + keys.shape[1]] = keys
+        v[row, :, start : start + values.shape[1]] = values
+
+    def grow(self, row: int, tokens: int) -> int:
+        """Count `tokens` more of a row, before they are written; returns the column of the first."""
+        start = self.lengths[row]
+        self.reserve(start + tokens)
+        self.lengths[row] = start + tokens
+        self.mask[row, ..., start : start + tokens] = 0.0
+        return start
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that was written to, (rows, H, C, D) each."""
+        k, v = self.keys[layer], self.values[layer]
+        if k is None or v is None:
+            raise RuntimeError(f"layer {layer} was never written to")
+        return k, v
+
+    def _columns_for(self, layer: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
+        """Columns of a layer; the first tokens of all allocate them."""
+        if self.keys[layer] is None:
+            shape = (self.rows, heads, self.columns, dim)
+            self.keys[layer] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            self.values[layer] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return self.layer(layer)
+
+    def _closed(self, columns: int) -> Tensor:
+        return torch.full((self.rows, 1, 1, columns), float("-inf"), dtype=self.dtype, device=self.device)
+
+
+def chunk_mask(start: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, 1, T, start + T): token t of a chunk sees the start columns before it and the chunk up to itself."""
+    mask = torch.full((tokens, start + tokens), float("-inf"), dtype=dtype, device=device)
+    return mask.triu_(start + 1)[None, None]
+
+
+class TransformersCache(Cache):
+    """A RowCache as transformers' models see one; say before each forward pass whose tokens are coming."""
+
+    def __init__(self, rows: RowCache) -> None:
+        self.rows = rows
+        self._at: Tensor | None = None
+        self._row, self._start = 0, 0
+        super().__init__(layers=[_Layer(self, i) for i in range(len(rows.keys))])
+
+    def next_tokens(self, at: Tensor) -> None:
+        """The next pass brings one token for each of the first n rows, for columns `at` (n,)."""
+        self._at = at
+
+    def chunk(self, row: int, start: int) -> None:
+        """The next pass brings consecutive tokens of one row."""
+        self._at, self._row, self._start = None, row, start
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, T, D) new keys and values -> all that the pass may look at."""
+        if self._at is not None:
+            n = len(self._at)
+            longest = max(self.rows.lengths[:n])
+            self.rows.put(layer, self._at, keys[:, :, 0], values[:, :, 0])
+            k, v = self.rows.layer(layer)
+            return k[:n, :, :longest], v[:n, :, :longest]
+        end = self._start + keys.shape[2]
+        self.rows.put_chunk(layer, self._row, self._start, keys[0], values[0])
+        k, v = self.rows.layer(layer)
+        return k[self._row : self._row + 1, :, :end], v[self._row : self._row + 1, :, :end]
+
+
+class _Layer(CacheLayerMixin):
+    def __init__(self, cache: TransformersCache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: columns come with the first token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.cache.write(self.index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache._start
+
+    def get_max_length(self) -> int:
+        return self.cache.rows.limit
