@@ -31,8 +31,10 @@ from persona_models.protocol import EngineStatus, GenerateRequest, TokenEvent
 
 # Prompt tokens between two decode steps: on a CPU about as long as ten of them.
 CHUNK_TOKENS = 256
-# Events leave together, at most this often; waking the readers after every token would cost a small model half its speed on two cores.
+# Events leave together, at most this often and at most so many a second of all rows: every one costs a wake-up here, a hop between processes and a
+# write to a client, and with one a token a small model on two cores would spend more time on them than on its answers.
 SEND_EVERY_S = 0.01
+MAX_EVENTS_PER_S = 400
 CLOSING = "the engine is shutting down; try again shortly"
 
 
@@ -221,6 +223,7 @@ class PersonaEngine:
         torch.set_num_threads(self._threads)
         try:
             with torch.inference_mode():
+                self._warm_up()
                 while self._wait():
                     self._do_work()
                     self._drop_cancelled()
@@ -242,6 +245,13 @@ class PersonaEngine:
             self._rows.clear()
             self._waiting.clear()
             self._work.clear()
+
+    def _warm_up(self) -> None:
+        """Let the libraries set themselves up before the first request, which would wait for it."""
+        self._decoder.open(0, {})
+        self._decoder.prefill(0, [0, 0])
+        self._decoder.step([0])
+        self._decoder.close(0)
 
     def _wait(self) -> bool:
         with self._wake:
@@ -361,7 +371,7 @@ class PersonaEngine:
 
     def _due(self) -> bool:
         """Whether events should leave now: after a while, and at once where an answer begins or ends, or nothing else is being made."""
-        if time.monotonic() - self._last_sent_s >= SEND_EVERY_S or not self._rows:
+        if time.monotonic() - self._last_sent_s >= max(SEND_EVERY_S, len(self._rows) / MAX_EVENTS_PER_S) or not self._rows:
             return True
         return any(isinstance(e, BaseException) or e.finish_reason or e.completion_tokens == 1 for _, e in self._sent)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 # Columns come in blocks of this many tokens.
-BLOCK = 128
+BLOCK = 256
 
 
 class RowCache:
@@ -37,8 +38,9 @@ class RowCache:
         for kind in (self.keys, self.values):
             for i, old in enumerate(kind):
                 if old is not None:
-                    new = old.new_zeros(*old.shape[:2], wide, old.shape[3])
-                    new[:, :, : self.columns] = old
+                    new = self._zeros((*old.shape[:2], wide, old.shape[3]))
+                    for row, n in enumerate(self.lengths):
+                        new[row, :, :n] = old[row, :, :n]
                     kind[i] = new
         mask = self._closed(wide)
         mask[..., : self.columns] = self.mask
@@ -99,9 +101,14 @@ class RowCache:
         """Columns of a layer; the first tokens of all allocate them."""
         if self.keys[layer] is None:
             shape = (self.rows, heads, self.columns, dim)
-            self.keys[layer] = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            self.values[layer] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            self.keys[layer], self.values[layer] = self._zeros(shape), self._zeros(shape)
         return self.layer(layer)
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Zeros, since a masked column still counts as nought times what it holds. On a CPU, memory that is taken only where it is written to."""
+        if self.dtype == torch.float32 and self.device.type == "cpu":
+            return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def _closed(self, columns: int) -> Tensor:
         return torch.full((self.rows, 1, 1, columns), float("-inf"), dtype=self.dtype, device=self.device)

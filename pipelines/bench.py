@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from persona_models.errors import InputError
-from persona_models.protocol import GenerateRequest, Message
 
 PROMPTS = (
     "My VPN keeps dropping at the customer's site, no Wi-Fi here",
@@ -27,17 +26,40 @@ PROMPTS = (
 
 
 def bench(what: str, out: Path | None, config: Any) -> None:
-    """Run one benchmark, print its table, and write it as JSON where asked."""
-    runs: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"router": bench_router, "engine": bench_engine, "gateway": bench_gateway}
-    if what not in runs:
-        raise InputError(f"bench: {what!r} is not one of {', '.join(runs)}")
-    rows = runs[what](config)
+    """Run one benchmark, print its table, and write it as JSON where asked; the engine's is drawn as well."""
+    runs: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"router": bench_router, "gateway": bench_gateway}
+    if what not in (*runs, "engine"):
+        raise InputError(f"bench: {what!r} is not one of router, engine, gateway")
+    notes: list[str] = []
+    if what == "engine":
+        from pipelines.bench_engine import bench_engine
+
+        rows, notes = bench_engine(config)
+    else:
+        rows = runs[what](config)
     columns = list(dict.fromkeys(k for row in rows for k in row))
     widths = [max(len(c), *(len(_cell(r.get(c, ""))) for r in rows)) + 2 for c in columns]
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
         print("".join(_cell(row.get(c, "")).ljust(w) for c, w in zip(columns, widths, strict=True)).rstrip())
+    for note in notes:
+        print(note)
     if out:
-        out.write_text(json.dumps({"bench": what, "cpus": os.cpu_count(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        about = {"bench": what, "cpus": os.cpu_count(), "notes": notes, "rows": rows}
+        out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    if what == "engine":
+        picture = out.with_suffix(".png") if out else config.state / "bench" / "engine.png"
+        _draw(rows, picture)
+        print(f"drawn in {picture}")
+
+
+def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    from pipelines import plots
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rates: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        rates.setdefault(row["base"], {}).setdefault(row["way"], {})[row["requests"]] = row["tokens/s"]
+    plots.throughput(rates).savefig(path, dpi=130)
 
 
 def bench_router(config: Any) -> list[dict[str, Any]]:
@@ -59,78 +81,6 @@ def bench_router(config: Any) -> list[dict[str, Any]]:
             run(f"{PROMPTS[i % len(PROMPTS)]} {i}")
             times.append(1000 * (time.perf_counter() - began))
         rows.append({"part": name, **_spread(times[20:], "ms")})
-    return rows
-
-
-def bench_engine(config: Any) -> list[dict[str, Any]]:
-    """Tokens a second at several loads: our engine on the base, on five personas mixed, and peft's and transformers' own ways."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from persona_models.adapters import builtin_adapter, read_adapter
-    from persona_models.base_model import base_folder, load_base
-    from persona_models.engine import PersonaEngine
-    from persona_models.prompt import encode_prompt
-
-    personas = [p.id for p in config.catalogue() if builtin_adapter(p.id)]
-    base = load_base(config.base, dtype=config.dtype)
-    engine = PersonaEngine(base, max_rows=64)
-    for persona in personas:
-        engine.load_adapter(persona, read_adapter(builtin_adapter(persona), base), "1")  # type: ignore[arg-type]
-    reference = AutoModelForCausalLM.from_pretrained(base_folder(config.base), dtype=base.model.dtype).to(base.device).eval()
-    tokens = 64
-    base.stop_ids = frozenset()  # every answer as long as asked, so that the ways do the same work
-
-    async def ours(n: int, mixed: bool) -> float:
-        async def one(i: int) -> None:
-            gate = {personas[i % len(personas)]: 1.0} if mixed and personas else {}
-            request = GenerateRequest(str(i), (Message("user", PROMPTS[i % len(PROMPTS)]),), gate, None, tokens)
-            async for _ in engine.generate(request):
-                pass
-
-        began = time.perf_counter()
-        await asyncio.gather(*(one(i) for i in range(n)))
-        return n * tokens / (time.perf_counter() - began)
-
-    def theirs(model: Any, n: int, **kwargs: Any) -> float:
-        ids = [encode_prompt(base.tokenizer, [Message("user", PROMPTS[i % len(PROMPTS)])], document=None) for i in range(n)]
-        batch = base.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(base.device)
-        began = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(**batch, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, **kwargs)
-        return n * tokens / (time.perf_counter() - began)
-
-    loads = (1, 4, 16)
-    results: dict[str, dict[int, list[float]]] = {}
-    mixed_model = None
-    if personas:
-        mixed_model = PeftModel.from_pretrained(reference, builtin_adapter(personas[0]), adapter_name=personas[0])  # type: ignore[arg-type]
-        for persona in personas[1:]:
-            mixed_model.load_adapter(builtin_adapter(persona), adapter_name=persona)
-        mixed_model.eval()
-    plain = AutoModelForCausalLM.from_pretrained(base_folder(config.base), dtype=base.model.dtype).to(base.device).eval()
-    for repeat in range(4):
-        for n in loads:
-            measured = {"engine, base": asyncio.run(ours(n, False)), "generate, base": theirs(plain, n)}
-            if mixed_model is not None:
-                names = [personas[i % len(personas)] for i in range(n)]
-                measured |= {
-                    "engine, personas mixed": asyncio.run(ours(n, True)),
-                    "peft adapter_names, mixed": theirs(mixed_model, n, adapter_names=names),
-                }
-            if repeat:  # the first round warms up
-                for way, rate in measured.items():
-                    results.setdefault(way, {}).setdefault(n, []).append(rate)
-    asyncio.run(engine.close())
-    base_rate = {n: statistics.median(results["engine, base"][n]) for n in loads}
-    rows = []
-    for way, by_load in results.items():
-        row: dict[str, Any] = {"way": way}
-        for n in loads:
-            rate = statistics.median(by_load[n])
-            row |= {f"tokens/s at {n}": round(rate), f"of engine's base at {n}": round(rate / base_rate[n], 2)}
-        rows.append(row)
     return rows
 
 
@@ -169,7 +119,62 @@ def bench_gateway(config: Any) -> list[dict[str, Any]]:
                 asyncio.run(load(path, body, at_once, 1.0))
                 times = asyncio.run(load(path, body, at_once, 4.0))
                 rows.append({"request": name, "at once": at_once, "requests/s": round(len(times) / 4.0), **_spread(times, "ms")})
-    return rows
+    return rows + _bench_served(config, url)
+
+
+def _bench_served(config: Any, url: str) -> list[dict[str, Any]]:
+    """Sixteen answers of five personas at once: the engine in this process, then the same requests as streams through a real server."""
+    import httpx
+
+    from pipelines.local import local_desk
+    from router.schema import ChatRequest
+    from router.server import running
+
+    personas = [p.id for p in config.catalogue()]
+    bodies = [
+        {"model": personas[i % len(personas)], "messages": [{"role": "user", "content": f"{PROMPTS[i % len(PROMPTS)]} ({i})"}], "max_tokens": 128}
+        for i in range(16)
+    ]
+    desk = local_desk(config, models=True, rows=16)
+
+    async def alone() -> float:
+        async def one(body: dict[str, Any]) -> int:
+            request = ChatRequest.model_validate(body)
+            last = [event async for event in desk.answer(request, await desk.begin(request))][-1]
+            return last.completion_tokens
+
+        began = time.perf_counter()
+        counts = await asyncio.gather(*(one(b) for b in bodies))
+        return sum(counts) / (time.perf_counter() - began)
+
+    async def streamed() -> float:
+        async def one(client: httpx.AsyncClient, body: dict[str, Any]) -> int:
+            tokens = 0
+            asked = body | {"stream": True, "stream_options": {"include_usage": True}}
+            async with client.stream("POST", url + "/chat/completions", json=asked) as answer:
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {") and '"usage"' in line:
+                        tokens = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", tokens)
+            return tokens
+
+        async with httpx.AsyncClient(timeout=120) as client:
+            began = time.perf_counter()
+            counts = await asyncio.gather(*(one(client, b) for b in bodies))
+            return sum(counts) / (time.perf_counter() - began)
+
+    async def all_alone() -> list[float]:
+        rates = [await alone() for _ in range(5)]
+        for engine in set(desk.engines.values()):
+            await engine.close()
+        return rates
+
+    own = statistics.median(asyncio.run(all_alone())[1:])
+    with running(config):
+        through = statistics.median([asyncio.run(streamed()) for _ in range(5)][1:])
+    return [
+        {"request": "answers in this process", "at once": 16, "tokens/s": round(own)},
+        {"request": "the same as streams over HTTP", "at once": 16, "tokens/s": round(through), "of in-process": round(through / own, 3)},
+    ]
 
 
 def _spread(times: Sequence[float], unit: str) -> dict[str, float]:

@@ -19,8 +19,8 @@ from router.loading import load_classifier, load_knowledge
 from router.schema import ChatRequest, RouteInput, first_fault
 
 
-def local_desk(config: Config, *, models: bool) -> Desk:
-    """A Desk in this process; without models it routes but cannot answer."""
+def local_desk(config: Config, *, models: bool, rows: int = 1) -> Desk:
+    """A Desk in this process that answers `rows` requests at once; without models it routes but cannot answer."""
     engines: dict[str, Engine] = {}
     personas = tuple(p.id for p in config.catalogue())
     if models:
@@ -30,8 +30,8 @@ def local_desk(config: Config, *, models: bool) -> Desk:
             personas=personas,
             manners={p.id: p.manner for p in config.catalogue()},
             engine=config.generation.engine,
-            rows=1,
-            queue=1,
+            rows=rows,
+            queue=rows,
             threads=replica_threads(None, 1),
             gpu=False,
             registry_uri=config.registry_uri,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,33 @@ def reliability(confidence: Sequence[float], accuracy: Sequence[float], counts: 
     )
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="mean confidence", ylabel="accuracy", title=title)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def throughput(rates: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
+    """Tokens a second, base -> way -> concurrent requests -> rate: one panel a base, one line a way; our own ways are the thick ones."""
+    figure = _figure(6.8 * len(rates), 5.2)
+    for axes, (base, ways) in zip(np.atleast_1d(figure.subplots(1, len(rates))), rates.items(), strict=True):
+        for i, (way, by_load) in enumerate(ways.items()):
+            loads = sorted(by_load)
+            ours = way.startswith("engine")
+            axes.plot(
+                loads,
+                [by_load[n] for n in loads],
+                marker="o" if ours else "s",
+                markersize=4,
+                linewidth=2.2 if ours else 1.2,
+                linestyle="-" if ours else "--",
+                color=f"C{i % 10}",
+                label=way,
+            )
+        axes.set(xscale="log", yscale="log", xlabel="concurrent requests", ylabel="tokens a second, all requests together", title=base)
+        ticks = sorted({n for by_load in ways.values() for n in by_load})
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7.5)
     return figure
 
 

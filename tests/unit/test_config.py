@@ -84,3 +84,19 @@ def test_keys_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("DESKROUTE_API_KEYS", " a, b ,")
     assert load_config().api_keys == ("a", "b")
     assert "'a'" not in repr(load_config())
+
+
+@pytest.mark.parametrize(
+    ("pools", "why"),
+    [
+        ("[{name: a, merge: true}]", "a has merge: true, which takes one persona"),
+        ("[{name: a, merge: true, personas: [field]}, {name: b, merge: true, personas: [admin]}]", "no pool serves leadership|every pool has merge"),
+    ],
+)
+def test_merged_pools_hold_one_persona_and_leave_somebody_to_answer_as_the_base(tmp_path, pools, why):
+    path = tmp_path / "deskroute.yaml"
+    path.write_text(f"pools: {pools}\n")
+    with pytest.raises(ConfigError, match=why):
+        load_config(path)
+    path.write_text("pools: [{name: busy, personas: [field], merge: true}, {name: rest}]\n")
+    assert load_config(path).pools[0].merge

@@ -1,0 +1,100 @@
+"""The engine's benchmark on a tiny model: every way runs, does the same work, and is reported; speed itself is never tested."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from persona_models.errors import InputError
+from pipelines import bench, bench_engine
+from pipelines.bench_engine import Contest, Scale, Timing
+
+_spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
+shared = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(shared)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+WAYS = {
+    "engine, base",
+    "engine, five mixed",
+    "engine, sixteen mixed",
+    "engine, mixtures of two",
+    "engine, merged",
+    "generate, base",
+    "peft adapter_names, five mixed",
+    "peft, switching",
+    "five merged models",
+}
+
+
+def test_every_way_answers_and_is_written_down(tmp_path, long_base_folder, monkeypatch, capsys):
+    def bases(spec):
+        yield "tiny", str(long_base_folder), Scale(3, (1, 6), 1)
+
+    monkeypatch.setattr(bench_engine, "_bases", bases)
+    config = SimpleNamespace(base="builtin", dtype="auto", state=tmp_path)
+    bench.bench("engine", tmp_path / "engine.json", config)
+    written = json.loads((tmp_path / "engine.json").read_text())
+    assert {r["way"] for r in written["rows"]} >= WAYS
+    for row in written["rows"]:
+        assert row["tokens/s"] > 0
+        if row["way"] in WAYS:
+            assert 0 < row["first token p50 ms"] <= row["first token p95 ms"]
+            assert 0 < row["per token p50 ms"] <= row["per token p95 ms"]
+    assert {r["of engine's base"] for r in written["rows"] if r["way"] == "engine, base"} == {1.0}
+    assert (tmp_path / "engine.png").stat().st_size > 10_000
+    said = capsys.readouterr().out
+    assert "peft, switching" in said
+    assert "drawn in" in said
+
+
+def test_all_ways_give_the_same_tokens(long_base_folder, monkeypatch):
+    """What is compared must be the same work: peft's mixed batch and the engine agree on every answer of a mixed batch."""
+    contest = Contest(str(long_base_folder), "auto", 6, 1)
+    said: dict[str, list[str]] = {"engine": [], "peft": []}
+    # Contest gives engine and peft the same random adapters only where they ship, so the engine is given peft's here.
+    model = contest.peft()
+    from persona_models.adapters import read_adapter
+
+    folder = long_base_folder.parent / "adapters"
+    for i in range(2):
+        contest.adapters[i] = read_adapter(bench_engine.save_made_up(contest.base, folder / str(i), i), contest.base)
+    real = model.generate
+
+    def listen(**kwargs):
+        out = real(**kwargs)
+        said["peft"] += contest.base.tokenizer.batch_decode(out[:, kwargs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return out
+
+    monkeypatch.setattr(model, "generate", listen)
+    contest.generate(model, adapter_names=lambda n: [f"p{i % 2}" for i in range(n)])(4)
+    with contest.engine(2) as engine:
+        ask = engine.generate
+
+        async def overheard(request):
+            text = ""
+            async for event in ask(request):
+                text += event.text
+                yield event
+            said["engine"].append((int(request.request_id), text))
+
+        monkeypatch.setattr(engine, "generate", overheard)
+        timing = contest.ours(engine, lambda i: {f"p{i % 2}": 1.0})(4)
+    assert [t for _, t in sorted(said["engine"])] == said["peft"]
+    assert len(timing.first_s) == len(timing.token_s) == 4
+
+
+def test_a_way_that_fails_is_left_out_and_named():
+    with pytest.raises(ZeroDivisionError):
+        bench_engine._computing(1, lambda n: Timing(1 / 0), 1)
+    assert bench_engine._missing("torch") == ""
+    assert bench_engine._missing("torch", "no_such_module") == "no_such_module not installed"
+
+
+def test_an_unknown_benchmark_is_refused(tmp_path):
+    with pytest.raises(InputError, match="'speed' is not one of router, engine, gateway"):
+        bench.bench("speed", None, SimpleNamespace())
