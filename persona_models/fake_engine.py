@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 
 from persona_models.errors import ContextLengthError, NotReadyError, UnknownModelError
-from persona_models.protocol import EngineStatus, FinishReason, GenerateRequest, TokenEvent
+from persona_models.protocol import EngineStatus, FinishReason, GenerateRequest, TokenEvent, TokenLogprob
 
 
 class FakeEngine:
@@ -56,7 +56,9 @@ class FakeEngine:
                 last = n == len(cut)
                 reason: FinishReason | None = ("stop" if len(cut) == len(pieces) else "length") if last else None
                 sent = n
-                yield TokenEvent(piece, n, prompt, reason, versions)
+                # It is always certain, and there is nothing beside what it says.
+                logprobs = () if request.logprobs is None else (TokenLogprob(piece, 0.0, ((piece, 0.0),)[: request.logprobs]),)
+                yield TokenEvent(piece, n, prompt, reason, versions, logprobs)
         finally:
             self.active -= 1
             self.cancelled += sent < len(cut)

@@ -160,6 +160,10 @@ class Desk:
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=request.seed,
             stop=request.stop,
+            top_k=max(0, request.top_k or 0),
+            min_tokens=request.min_tokens or 0,
+            logit_bias=request.logit_bias or {},
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
         if lead not in self.engines:
             raise NotReadyError(f"no pool serves {lead!r} yet; try again shortly")

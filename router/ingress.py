@@ -77,18 +77,17 @@ def create_app(desk: Desk, pool_status: StatusOf) -> FastAPI:
             options = body.stream_options
             stream = server_sent_events(_chain(first, events), plan.block, body.model, include_usage=bool(options and options.include_usage))
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers | {"cache-control": "no-cache"})
-        text, last = first.text, first
+        text, last, logprobs = first.text, first, list(first.logprobs)
         try:
             async for last in events:
                 text += last.text
+                logprobs += last.logprobs
                 if await request.is_disconnected():
                     break
         finally:
             await events.aclose()
         block = plan.block.model_copy(update={"versions": dict(last.versions)})
-        return JSONResponse(
-            completion(block, body.model, text, last.finish_reason or "stop", last.prompt_tokens, last.completion_tokens), headers=headers
-        )
+        return JSONResponse(completion(block, body.model, text, last, logprobs), headers=headers)
 
     @app.post("/v1/route")
     async def route(request: Request) -> Response:

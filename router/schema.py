@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from persona_models.errors import DeskrouteError, InputError, UnknownModelError
-from persona_models.protocol import BASE, Message
+from persona_models.protocol import BASE, Message, TokenEvent, TokenLogprob
 
 AUTO = "auto"
 
@@ -83,6 +83,11 @@ class ChatRequest(Conversation):
     n: int | None = 1
     tools: tuple[Any, ...] | None = None
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=300)
+    # Not OpenAI's, but what vLLM and others call the same.
+    top_k: int | None = Field(None, ge=-1)
+    min_tokens: int | None = Field(None, ge=0, le=1_000_000)
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
@@ -90,8 +95,8 @@ class ChatRequest(Conversation):
             raise ValueError("n: only one answer per request is supported")
         if self.tools:
             raise ValueError("tools are not supported by the helpdesk's models")
-        if self.logprobs:
-            raise ValueError("logprobs are not supported yet")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
         return self
 
 
@@ -189,17 +194,33 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}
 
 
-def completion(block: DeskrouteBlock, model: str, text: str, finish_reason: str, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    """The body of an answer that is not streamed."""
+def logprobs_block(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """Log-probabilities in OpenAI's shape; None where none were asked for."""
+    if not tokens:
+        return None
+
+    def one(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    return {"content": [one(t.token, t.logprob) | {"top_logprobs": [one(*other) for other in t.top]} for t in tokens], "refusal": None}
+
+
+def completion(block: DeskrouteBlock, model: str, text: str, last: TokenEvent, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """The body of an answer that is not streamed; `last` is its last event."""
     return {
         "id": completion_id(block.request_id),
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model,
         "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None, "finish_reason": finish_reason}
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": logprobs_block(logprobs),
+                "finish_reason": last.finish_reason or "stop",
+            }
         ],
-        "usage": usage(prompt_tokens, completion_tokens),
+        "usage": usage(last.prompt_tokens, last.completion_tokens),
         "deskroute": block.model_dump(),
     }
 
@@ -212,7 +233,7 @@ def error_body(error: DeskrouteError) -> dict[str, Any]:
 def first_fault(errors: Sequence[Any]) -> InputError:
     """pydantic's list of faults -> one InputError about the first."""
     fault = errors[0]
-    path = [str(p) for p in fault["loc"] if p != "body"]
+    path = [str(p) for p in fault["loc"] if p not in ("body", "[key]")]
     if fault["type"] == "json_invalid":
         return InputError(f"the body is not valid JSON: {fault.get('ctx', {}).get('error', fault['msg'])}")
     message = str(fault["msg"]).removeprefix("Value error, ")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from persona_models.errors import DeskrouteError
-from persona_models.protocol import TokenEvent
-from router.schema import DeskrouteBlock, completion_id, error_body, usage
+from persona_models.protocol import TokenEvent, TokenLogprob
+from router.schema import DeskrouteBlock, completion_id, error_body, logprobs_block, usage
 
 DONE = b"data: [DONE]\n\n"
 
@@ -27,10 +27,12 @@ async def server_sent_events(events: AsyncGenerator[TokenEvent], block: Deskrout
         async for last in events:
             if first:
                 delta = {"role": "assistant", "content": last.text}
-                yield _event({**head, "choices": [_choice(delta, None)], "deskroute": block.model_dump() | {"versions": dict(last.versions)}})
+                yield _event(
+                    {**head, "choices": [_choice(delta, None, last.logprobs)], "deskroute": block.model_dump() | {"versions": dict(last.versions)}}
+                )
                 first = False
-            elif last.text:
-                yield _event({**head, "choices": [_choice({"content": last.text}, None)]})
+            elif last.text or last.logprobs:
+                yield _event({**head, "choices": [_choice({"content": last.text}, None, last.logprobs)]})
         yield _event({**head, "choices": [_choice({}, last.finish_reason)]})
         if include_usage:
             yield _event({**head, "choices": [], "usage": usage(last.prompt_tokens, last.completion_tokens)})
@@ -41,8 +43,8 @@ async def server_sent_events(events: AsyncGenerator[TokenEvent], block: Deskrout
     yield DONE
 
 
-def _choice(delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _choice(delta: dict[str, Any], finish_reason: str | None, logprobs: Sequence[TokenLogprob] = ()) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "logprobs": logprobs_block(logprobs), "finish_reason": finish_reason}
 
 
 def _event(body: dict[str, Any]) -> bytes:

@@ -169,6 +169,9 @@ async def test_without_an_article_the_model_hands_over(http):
         ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
         ({"n": 2}, 400, None, "only one answer"),
         ({"tools": [{"type": "function"}]}, 400, None, "tools are not supported"),
+        ({"top_logprobs": 3}, 400, None, "top_logprobs needs logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "less than or equal to 20"),
+        ({"logit_bias": {"many": 1}}, 400, "logit_bias.many", "valid integer"),
         ({"stop": ["x"] * 17}, 400, "stop", "16"),
         ({"metadata": {"tenure_days": "many"}}, 400, "metadata.tenure_days", "whole number"),
         ({"metadata": {"title": 3}}, 400, "metadata.title", "string"),
@@ -308,3 +311,19 @@ async def test_an_api_key_is_asked_for_where_one_is_set(make_app, monkeypatch):
         assert (await client.get("/v1/models", headers={"authorization": "Bearer wrong"})).status_code == 401
         assert (await client.get("/v1/models", headers={"authorization": "Bearer other"})).status_code == 200
         assert (await client.get("/healthz")).status_code == 200
+
+
+async def test_log_probabilities_come_in_openais_shape(make_app):
+    """Read by OpenAI's own client, whole and streamed."""
+    transport = httpx.ASGITransport(make_app(), raise_app_exceptions=False)
+    client = openai.AsyncOpenAI(base_url="http://desk/v1", api_key="none", http_client=httpx.AsyncClient(transport=transport))
+    asked = {"model": "field", "messages": [{"role": "user", "content": "my vpn drops"}], "logprobs": True, "top_logprobs": 1}
+    whole = await client.chat.completions.create(**asked)
+    tokens = whole.choices[0].logprobs.content
+    assert "".join(t.token for t in tokens) == whole.choices[0].message.content
+    assert [t.top_logprobs[0].token for t in tokens] == [t.token for t in tokens]
+    streamed = [t.token async for chunk in await client.chat.completions.create(**asked, stream=True) if chunk.choices
+                for t in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])]  # fmt: skip
+    assert streamed == [t.token for t in tokens]
+    plain = await client.chat.completions.create(model="field", messages=asked["messages"])
+    assert plain.choices[0].logprobs is None
