@@ -7,13 +7,12 @@ transformers and peft alone. One thread at a time computes: a second pool of Ope
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from persona_models.engine import PersonaEngine
 from persona_models.gated_lora import Merge, linear_shape
 from persona_models.prompt import encode_prompt
 from persona_models.protocol import BUILTIN, GenerateRequest, Message
+from pipelines import bench_llamacpp
 from pipelines.bench import PROMPTS
 
 ARTICLE = """Article: VPN connection does not come up
@@ -181,6 +181,35 @@ class Contest:
 
         return run
 
+    def llamacpp(self, stack: ExitStack, rows: int) -> dict[str, Way]:
+        """llama.cpp's server, which runs until `stack` is closed; its workers wait for requests without computing."""
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url = stack.enter_context(bench_llamacpp.server(self.base, self.adapters[:PERSONAS], folder, self.threads, rows))
+
+        def way(mixed: bool) -> Way:
+            def run(n: int) -> Timing:
+                prompts = [encode_prompt(self.base.tokenizer, _messages(i), document=ARTICLE) for i in range(n)]
+                began = time.perf_counter()
+                said = bench_llamacpp.answers(url, prompts, [i % PERSONAS if mixed else None for i in range(n)], self.tokens)
+                total = time.perf_counter() - began
+                per_token = [a["timings"]["predicted_per_token_ms"] / 1000 for a in said]
+                return Timing(total, [a["took_s"] - s * (self.tokens - 1) for a, s in zip(said, per_token, strict=True)], per_token)
+
+            return run
+
+        return {"llama.cpp's server, base": way(False), "llama.cpp's server, five mixed": way(True)}
+
+    def bytes_per_token(self) -> float:
+        """What one row's decode step must read: every weight but the embeddings it does not look up, and keys and values of the row so far."""
+        model, config = self.base.model, self.base.model.config
+        weights = sum(
+            p.numel() * p.element_size() for name, p in model.named_parameters() if "embed_tokens" not in name or config.tie_word_embeddings
+        )
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        prompt = len(encode_prompt(self.base.tokenizer, _messages(0), document=ARTICLE))
+        cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize * (prompt + self.tokens / 2)
+        return float(weights + cache)
+
     def model(self) -> Any:
         """A fresh copy of the base as transformers loads it."""
         return load_base(self.spec, dtype=self.dtype).model
@@ -247,8 +276,28 @@ def _contest(name: str, spec: str, dtype: str, scale: Scale, threads: int, notes
         "five merged models": contest.by_persona(lambda p: dedicated[p]),
         "transformers continuous batching, base": contest.continuous(plain),
     }
-    notes += [f"{name}: left out llama.cpp's server ({why})" for why in [_missing("llama_cpp", "gguf")] if why]
+    with ExitStack() as stack:
+        if why := bench_llamacpp.missing(contest.base):
+            notes.append(f"{name}: left out llama.cpp's server ({why})")
+        else:
+            others |= contest.llamacpp(stack, max(scale.loads))
+        _take_turns(name, contest, scale, threads, others, found, notes)
+    rows = _table(name, scale, found)
+    if contest.base.device.type == "cuda":
+        alone = next(r for r in rows if r["way"] == "engine, base" and r["requests"] == 1)
+        alone["of memory's speed"] = round(contest.bytes_per_token() / copy_bytes_per_s(contest.base.device) / (alone["per token p50 ms"] / 1000), 3)
+    return rows
 
+
+def _take_turns(
+    name: str,
+    contest: Contest,
+    scale: Scale,
+    threads: int,
+    others: dict[str, Way],
+    found: dict[str, dict[int, list[Timing]]],
+    notes: list[str],
+) -> None:
     bar = tqdm(total=(scale.rounds + 1) * len(scale.loads) * (len(others) + 5), desc=name, unit="run")
 
     def note(way: str, n: int, round_: int, timing: Timing) -> None:
@@ -275,7 +324,6 @@ def _contest(name: str, spec: str, dtype: str, scale: Scale, threads: int, notes
                     notes.append(f"{name}: left out {way} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
                     del others[way]
     bar.close()
-    return _table(name, scale, found)
 
 
 def _table(name: str, scale: Scale, found: dict[str, dict[int, list[Timing]]]) -> list[dict[str, Any]]:
@@ -315,9 +363,18 @@ def _computing(threads: int, run: Way, n: int) -> Timing:
     return outcome[0]
 
 
-def _missing(*modules: str) -> str:
-    absent = [m for m in modules if importlib.util.find_spec(m) is None]
-    return f"{' and '.join(absent)} not installed" if absent else ""
+def copy_bytes_per_s(device: torch.device) -> float:
+    """Bytes read and written a second by copying half a gigabyte; the best of ten."""
+    source = torch.ones(2**27, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(10):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize(device)
+        best = max(best, 2 * source.numel() * source.element_size() / (time.perf_counter() - began))
+    return best
 
 
 def _messages(i: int) -> tuple[Message, ...]:

@@ -78,7 +78,7 @@ def test_the_gateway_loads_without_torch(module):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["pipelines.pretrain", "persona_models.engine"])
+@pytest.mark.parametrize("module", ["pipelines.pretrain", "persona_models.engine", "pipelines.bench_engine"])
 def test_what_runs_on_a_gpu_machine_needs_no_ray_and_no_mlflow(module):
     code = f"import sys; sys.modules['ray'] = None; sys.modules['mlflow'] = None; import {module}"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -50,3 +50,45 @@ def test_mixed_personas_equal_generate_in_float32(kind, tmp_path, tiny_tokenizer
         ids = torch.tensor([encode_prompt(tokenizer, [Message("user", "vpn " * (i + 1))], document=None)]).cuda()
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert answer == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_long_prompts_and_a_merged_engine_equal_generate_in_float32(tmp_path, tiny_tokenizer):
+    """Prompts in pieces, a window of rows that come and go, and the persona inside the weights."""
+    import peft
+
+    folder = shared.save_tiny("qwen3", tmp_path / "base", tiny_tokenizer, context=1024)
+    path = shared.save_adapter(folder, tmp_path / "field", seed=4)
+    texts = ["vpn " * n for n in (3, 200, 60, 280)]
+
+    async def run(merged):
+        base = load_base(str(folder), device="cuda", dtype="float32")
+        engine = PersonaEngine(base, max_rows=2, merged="field" if merged else None)
+        engine.load_adapter("field", read_adapter(path, base), "1")
+
+        async def one(text):
+            request = GenerateRequest("r", (Message("user", text),), {"field": 1.0}, max_tokens=10)
+            return "".join([e.text async for e in engine.generate(request)])
+
+        said = await asyncio.gather(*map(one, texts))
+        await engine.close()
+        return said
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), path).cuda().eval()
+    want = []
+    for text in texts:
+        ids = torch.tensor([encode_prompt(tokenizer, [Message("user", text)], document=None)]).cuda()
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+        want.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    assert asyncio.run(run(False)) == want
+    assert asyncio.run(run(True)) == want
+
+
+def test_five_personas_run_in_bfloat16_on_a_real_shape(tmp_path):
+    """Qwen2.5-0.5B's shape with random weights: sixteen rows finish, whatever the numbers say."""
+    from pipelines.bench_engine import Contest, save_random
+
+    contest = Contest(save_random("qwen2.5-0.5b", tmp_path / "base"), "bfloat16", 16, 1)
+    with contest.engine(5) as engine:
+        timing = contest.ours(engine, lambda i: {f"p{i % 5}": 1.0})(16)
+    assert len(timing.first_s) == 16
