@@ -109,8 +109,8 @@ class Training(Section):
     """Fine-tuning of one persona; `deskroute retrain` flags override these."""
 
     method: str = Field("lora", description="a PEFT method by name; only lora can share a batch with other personas")
-    rank: int = Field(8, ge=1, le=256)
-    alpha: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=256)
+    alpha: int = Field(32, ge=1)
     target_modules: Literal["residual", "all-linear"] | tuple[str, ...] = Field(
         "residual", description="residual: the projections back into the residual stream, at half of all-linear's cost per token"
     )

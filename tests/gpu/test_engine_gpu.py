@@ -86,7 +86,7 @@ def test_long_prompts_and_a_merged_engine_equal_generate_in_float32(tmp_path, ti
 
 def test_five_personas_run_in_bfloat16_on_a_real_shape(tmp_path):
     """Qwen2.5-0.5B's shape with random weights: sixteen rows finish, whatever the numbers say."""
-    from pipelines.bench_engine import Contest, save_random
+    from pipelines.contest import Contest, save_random
 
     contest = Contest(save_random("qwen2.5-0.5b", tmp_path / "base"), "bfloat16", 16, 1)
     with contest.engine(5) as engine:

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from persona_models.errors import InputError
-from pipelines import bench, bench_engine
-from pipelines.bench_engine import Contest, Scale, Timing
+from pipelines import bench, bench_engine, bench_llamacpp
+from pipelines.bench_engine import Scale
+from pipelines.contest import Contest, Timing, computing, save_made_up
 
 _spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
 shared = importlib.util.module_from_spec(_spec)
@@ -35,16 +36,22 @@ def test_every_way_answers_and_is_written_down(tmp_path, long_base_folder, monke
     def bases(spec):
         yield "tiny", str(long_base_folder), Scale(3, (1, 6), 1)
 
+    monkeypatch.setattr(bench_llamacpp.shutil, "which", lambda name: None)
+    monkeypatch.setattr(bench_engine, "_memory_mb", lambda *args: 7)
+    monkeypatch.setattr(bench_engine, "MEMORY_LOAD", 6)
+
     monkeypatch.setattr(bench_engine, "_bases", bases)
     config = SimpleNamespace(base="builtin", dtype="auto", state=tmp_path)
     bench.bench("engine", tmp_path / "engine.json", config)
     written = json.loads((tmp_path / "engine.json").read_text())
+    assert any("left out llama.cpp's server, base" in note for note in written["notes"])
     assert {r["way"] for r in written["rows"]} >= WAYS
     for row in written["rows"]:
         assert row["tokens/s"] > 0
         if row["way"] in WAYS:
             assert 0 < row["first token p50 ms"] <= row["first token p95 ms"]
             assert 0 < row["per token p50 ms"] <= row["per token p95 ms"]
+        assert row.get("memory MB") == (7 if row["requests"] == 6 else None)
     assert {r["of engine's base"] for r in written["rows"] if r["way"] == "engine, base"} == {1.0}
     assert (tmp_path / "engine.png").stat().st_size > 10_000
     said = capsys.readouterr().out
@@ -62,7 +69,7 @@ def test_all_ways_give_the_same_tokens(long_base_folder, monkeypatch):
 
     folder = long_base_folder.parent / "adapters"
     for i in range(2):
-        contest.adapters[i] = read_adapter(bench_engine.save_made_up(contest.base, folder / str(i), i), contest.base)
+        contest.adapters[i] = read_adapter(save_made_up(contest.base, folder / str(i), i), contest.base)
     real = model.generate
 
     def listen(**kwargs):
@@ -90,9 +97,15 @@ def test_all_ways_give_the_same_tokens(long_base_folder, monkeypatch):
 
 def test_a_fault_in_a_computing_thread_reaches_the_caller():
     with pytest.raises(ZeroDivisionError):
-        bench_engine._computing(1, lambda n: Timing(1 / 0), 1)
+        computing(1, lambda n: Timing(1 / 0), 1)
 
 
 def test_an_unknown_benchmark_is_refused(tmp_path):
     with pytest.raises(InputError, match="'speed' is not one of router, engine, gateway"):
         bench.bench("speed", None, SimpleNamespace())
+
+
+def test_memory_is_measured_in_a_process_of_its_own(long_base_folder):
+    """Ten megabytes and more: adapters, packed weights and the cache of sixteen rows; far less than the process itself."""
+    assert 1 <= bench_engine._memory_mb(str(long_base_folder), "auto", "engine, five mixed", 3, 1) < 2000
+    assert bench_engine._memory_mb(str(long_base_folder), "auto", "llama.cpp's server, base", 3, 1) is None
