@@ -28,6 +28,7 @@ def fits(model: Any) -> bool:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     return (
         config.model_type in FAMILIES
+        and getattr(config, "quantization_config", None) is None
         and model.device.type == "cpu"
         and model.dtype == torch.float32
         and config.hidden_act in ("silu", "swish")
@@ -106,9 +107,11 @@ class FusedDecoder:
         """Give a free row its adapters, slot name -> weight, and forget what it held before."""
         self.cache.clear(row)
         self.gates[row] = {name: weight for name, weight in gate.items() if self.bank.slots[name].rank}
-        needed = sum(self.bank.slots[name].rank for name in self.gates[row])
-        if needed > self.rank:
-            self._widen(needed)
+        # As wide as the widest row: a mixture's rows are wider, and all rows would go on paying for it when it is gone.
+        needed = max(sum(self.bank.slots[name].rank for name in g) for g in self.gates)
+        if needed and needed != self.rank:
+            self._lay_out(needed)
+            return
         for layer in self.layers:
             for site in layer.sites:
                 self._fill(site, row)
@@ -258,8 +261,8 @@ class FusedDecoder:
             ),
         )
 
-    def _widen(self, rank: int) -> None:
-        """Make room for factors of `rank` in every row; sites that no adapter adapts get none."""
+    def _lay_out(self, rank: int) -> None:
+        """Factors of `rank` for every row, anew; sites that no adapter adapts get none."""
         self.rank = rank
         for layer in self.layers:
             for site in layer.sites:

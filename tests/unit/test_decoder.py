@@ -113,6 +113,12 @@ def test_a_row_gets_wider_adapters_than_the_batch_had(tmp_path, tiny_base_folder
     decoder.open(1, {"a0": 0.5, "a1": 0.5})
     decoder.prefill(1, text)
     torch.testing.assert_close(decoder.step([7, 7])[0], alone.step([7])[0], atol=1e-5, rtol=1e-5)
+    assert decoder.rank == 7
+    decoder.close(1)
+    decoder.open(1, {"a0": 1.0})
+    assert decoder.rank == 2, "nobody pays for a mixture that is gone"
+    torch.testing.assert_close(decoder.prefill(1, text), first, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoder.step([8])[0], alone.step([8])[0], atol=1e-5, rtol=1e-5)
 
 
 def test_what_the_fused_decoder_cannot_do_is_left_to_transformers(tmp_path, tiny_tokenizer):
