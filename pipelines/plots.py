@@ -99,7 +99,7 @@ def reliability(confidence: Sequence[float], accuracy: Sequence[float], counts: 
 
 def throughput(rates: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
     """Tokens a second, base -> way -> concurrent requests -> rate: one panel a base, one line a way; our own ways are the thick ones."""
-    figure = _figure(6.8 * len(rates), 5.2)
+    figure = _figure(3.2 + 5.6 * len(rates), 5.0)
     for axes, (base, ways) in zip(np.atleast_1d(figure.subplots(1, len(rates))), rates.items(), strict=True):
         for i, (way, by_load) in enumerate(ways.items()):
             loads = sorted(by_load)
@@ -120,7 +120,8 @@ def throughput(rates: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7.5)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
