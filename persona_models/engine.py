@@ -34,7 +34,7 @@ CHUNK_TOKENS = 256
 # Events leave together, at most this often and at most so many a second of all rows: every one costs a wake-up here, a hop between processes and a
 # write to a client, and with one a token a small model on two cores would spend more time on them than on its answers.
 SEND_EVERY_S = 0.01
-MAX_EVENTS_PER_S = 400
+MAX_EVENTS_PER_S = 200
 CLOSING = "the engine is shutting down; try again shortly"
 
 
