@@ -15,14 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_models.errors import InputError
-
-PROMPTS = (
-    "My VPN keeps dropping at the customer's site, no Wi-Fi here",
-    "the payroll run does not post and the invoices must go out today",
-    "board papers do not open on the tablet",
-    "git push is rejected since this morning",
-    "second day here, where do I find the printer",
-)
+from pipelines.workload import PROMPTS
 
 
 def bench(what: str, out: Path | None, config: Any) -> None:

@@ -28,17 +28,8 @@ from persona_models.gated_lora import Merge, linear_shape
 from persona_models.prompt import encode_prompt
 from persona_models.protocol import BUILTIN, GenerateRequest, Message
 from pipelines import bench_llamacpp
-from pipelines.bench import PROMPTS
+from pipelines.workload import ARTICLE, PROMPTS
 
-ARTICLE = """Article: VPN connection does not come up
-Cause: Most often the network in between blocks the tunnel, or the client still holds an old session.
-1. Quit the VPN client from the tray icon and start it again.
-2. Choose Main gateway and sign in with your current password.
-3. If the sign-in page does not open, switch to the phone's hotspot and try again.
-4. Restart the computer once, so that the old session is dropped, and connect before anything else.
-5. Still no tunnel: note the time and the error text.
-Note: No usable Wi-Fi: turn on the phone's hotspot, connect the laptop to it and try again; work that must not wait can be done offline.
-Desk: If it still fails, call the service desk on 4357 and read out the error text."""
 STAGGER_S = 0.002
 PERSONAS = 5
 FURTHER = 16
