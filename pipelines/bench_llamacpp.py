@@ -152,7 +152,7 @@ def answers(url: str, prompts: Sequence[Sequence[int]], adapter_of: Sequence[int
             "ignore_eos": True,
             "cache_prompt": False,
             "return_tokens": True,
-            "lora": [] if adapter is None else [{"id": adapter, "scale": 1.0}],
+            "lora": [{"id": adapter or 0, "scale": 0.0 if adapter is None else 1.0}],
         }
         began = time.perf_counter()
         found: dict[str, Any] = httpx.post(f"{url}/completion", json=body, timeout=600).raise_for_status().json()
