@@ -19,30 +19,43 @@ from pipelines.workload import PROMPTS
 
 
 def bench(what: str, out: Path | None, config: Any) -> None:
-    """Run one benchmark, print its table, and write it as JSON where asked; the engine's is drawn as well."""
+    """Run one benchmark, print its table, and write it as JSON where asked; the engine's is drawn as well. Raises InputError for an unknown one."""
     runs: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"router": bench_router, "gateway": bench_gateway}
     if what not in (*runs, "engine"):
         raise InputError(f"bench: {what!r} is not one of router, engine, gateway")
-    notes: list[str] = []
     if what == "engine":
         from pipelines.bench_engine import bench_engine
 
-        rows, notes = bench_engine(config)
-    else:
-        rows = runs[what](config)
+        picture = out.with_suffix(".png") if out else config.state / "bench" / "engine.png"
+        rows: list[dict[str, Any]] = []
+        notes: list[str] = []
+        # A long run: what is finished is shown and kept, whatever becomes of the rest.
+        for found, said in bench_engine(config):
+            rows, notes = rows + found, notes + said
+            _report(found, said)
+            _write(out, what, rows, notes)
+            _draw(rows, picture)
+        print(f"drawn in {picture}")
+        return
+    rows = runs[what](config)
+    _report(rows, [])
+    _write(out, what, rows, [])
+
+
+def _report(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> None:
+    """The rows as a table."""
     columns = list(dict.fromkeys(k for row in rows for k in row))
     widths = [max(len(c), *(len(_cell(r.get(c, ""))) for r in rows)) + 2 for c in columns]
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
         print("".join(_cell(row.get(c, "")).ljust(w) for c, w in zip(columns, widths, strict=True)).rstrip())
     for note in notes:
         print(note)
+
+
+def _write(out: Path | None, what: str, rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> None:
     if out:
         about = {"bench": what, "cpus": os.cpu_count(), "notes": notes, "rows": rows}
         out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    if what == "engine":
-        picture = out.with_suffix(".png") if out else config.state / "bench" / "engine.png"
-        _draw(rows, picture)
-        print(f"drawn in {picture}")
 
 
 def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -58,7 +58,8 @@ class Contest:
         self.spec, self.dtype = spec, dtype
         self.shipped = [f for p in ("leadership", "knowledge_worker", "field", "admin", "new_hire") if spec == BUILTIN and (f := builtin_adapter(p))]
         self.adapters = [read_adapter(f, self.base) for f in self.shipped]
-        self.adapters += [made_up(self.base, seed) for seed in range(len(self.adapters), FURTHER)]
+        like = self.adapters[0] if self.adapters else None
+        self.adapters += [made_up(self.base, seed, like) for seed in range(len(self.adapters), FURTHER)]
 
     # -- ours --------------------------------------------------------------------------------------------------------------------------
 
@@ -274,9 +275,11 @@ def _messages(i: int) -> tuple[Message, ...]:
     return (Message("user", f"{PROMPTS[i % len(PROMPTS)]} ({i})"),)
 
 
-def made_up(base: BaseModel, seed: int) -> Adapter:
-    """An adapter of random numbers on every linear layer of the base but its head."""
+def made_up(base: BaseModel, seed: int, like: Adapter | None = None) -> Adapter:
+    """An adapter of random numbers: of the shape of another one, or on every linear layer of the base but its head."""
     random = torch.Generator().manual_seed(seed)
+    if like:
+        return Adapter(like.rank, {m: tuple(0.02 * torch.randn(x.shape, generator=random) for x in ab) for m, ab in like.factors.items()})
     factors = {}
     for name, module in base.model.named_modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and "head" not in name:
