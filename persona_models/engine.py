@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -72,8 +72,8 @@ class PersonaEngine:
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
         self._decoder = make_decoder(base.model, self._bank, max_rows, base.context_tokens)
-        self._slot_of: dict[str, str] = {}  # persona -> slot of its current version
-        self._versions: dict[str, str] = {}
+        self._slots: dict[str, dict[str, str]] = {}  # persona -> version -> slot; more than the current version where others are held beside it
+        self._versions: dict[str, str] = {}  # persona -> its current version
         self._uses: dict[str, int] = {}  # slot -> rows that still need it
         self._loads = 0
         self._loading: dict[tuple[str, str], Future[None]] = {}
@@ -92,10 +92,11 @@ class PersonaEngine:
 
     # -- called from any thread ---------------------------------------------------------------------------------------------------------
 
-    def load_adapter(self, persona: str, adapter: Adapter | Callable[[], Adapter], version: str) -> None:
+    def load_adapter(self, persona: str, adapter: Adapter | Callable[[], Adapter], version: str, *, current: bool = True) -> None:
         """Make `version` the persona's adapter for rows admitted from now on; blocks until it is in place. Running rows finish on the old one.
 
         adapter: what to load, or a function that reads it; of several callers for one version the first one's is read, and all wait for it.
+        current: False holds the version beside the current one, for requests that name it, until `settle` decides; a dedicated engine cannot.
         Raises what the function raises, and NotReadyError from a closed engine; nothing has changed then.
         """
         with self._wake:
@@ -107,7 +108,7 @@ class PersonaEngine:
             return pending.result()
         try:
             found = adapter() if callable(adapter) else adapter
-            self._between_steps(partial(self._load, persona, found, version), alone=self._merge is not None)
+            self._between_steps(partial(self._load, persona, found, version, current), alone=self._merge is not None)
         except BaseException as e:
             mine.set_exception(e)
             raise
@@ -116,6 +117,19 @@ class PersonaEngine:
         finally:
             with self._wake:
                 del self._loading[persona, version]
+
+    def settle(self, persona: str, version: str, beside: Collection[str] = ()) -> None:
+        """Make a held version the current one and let go of all others, but those named in `beside`, once no row needs them.
+
+        Raises UnknownModelError where the version is not held.
+        """
+        if version not in self.held(persona):
+            raise self._unknown(persona, version)
+        self._between_steps(partial(self._settle, persona, version, beside), alone=False)
+
+    def held(self, persona: str) -> tuple[str, ...]:
+        """The versions of a persona that requests can have."""
+        return tuple(self._slots.get(persona, ())) or tuple(v for p, v in self._versions.items() if p == persona)
 
     def unload_adapter(self, persona: str) -> None:
         """Take a persona away from requests to come; rows in flight finish. Raises UnknownModelError where none is loaded."""
@@ -190,8 +204,9 @@ class PersonaEngine:
         if self._closing or self._broken:
             raise NotReadyError(self._broken or CLOSING)
 
-    def _unknown(self, persona: str) -> UnknownModelError:
-        return UnknownModelError(f"no adapter of the persona {persona!r} is loaded; loaded are {', '.join(self._versions) or 'none'}", param="model")
+    def _unknown(self, persona: str, version: str | None = None) -> UnknownModelError:
+        what = f"version {version} of the persona {persona!r} is not held" if version else f"no adapter of the persona {persona!r} is loaded"
+        return UnknownModelError(f"{what}; loaded are {', '.join(self._versions) or 'none'}", param="model")
 
     def _check(self, request: GenerateRequest) -> None:
         """Refuse what cannot be done before it costs anything."""
@@ -268,8 +283,10 @@ class PersonaEngine:
             except Exception as e:
                 work.done.set_exception(e)
 
-    def _load(self, persona: str, adapter: Adapter, version: str) -> None:
+    def _load(self, persona: str, adapter: Adapter, version: str, current: bool) -> None:
         if self._merge:
+            if not current:
+                raise WorkError(f"the pool of {persona!r} has its adapter merged into the base and holds one version at a time")
             self._merge.apply(adapter.factors)
             self._decoder = make_decoder(self.base.model, self._bank, self.max_rows, self.base.context_tokens)
             self._versions[persona] = version
@@ -277,15 +294,25 @@ class PersonaEngine:
         self._loads += 1
         slot = f"{persona}#{self._loads}"
         self._bank.load(slot, adapter.rank, adapter.factors)
-        old = self._slot_of.get(persona)
-        self._slot_of[persona], self._versions[persona], self._uses[slot] = slot, version, 0
+        self._uses[slot] = 0
+        slots = self._slots.setdefault(persona, {})
+        old = slots.get(version)
+        slots[version] = slot
         if old:
             self._release(old)
+        if current:
+            self._settle(persona, version, ())
+
+    def _settle(self, persona: str, version: str, beside: Collection[str]) -> None:
+        self._versions[persona] = version
+        slots = self._slots.get(persona, {})
+        for other in [v for v in slots if v != version and v not in beside]:
+            self._release(slots.pop(other))
 
     def _unload(self, persona: str) -> None:
         self._versions.pop(persona, None)
-        if old := self._slot_of.pop(persona, None):
-            self._release(old)
+        for slot in self._slots.pop(persona, {}).values():
+            self._release(slot)
 
     def _admit(self) -> None:
         """Give a waiting request a row, unless one is still reading its prompt, or something waits for the rows to end."""
@@ -297,12 +324,17 @@ class PersonaEngine:
         if gone := [p for p in row.request.gate if p not in self._versions]:
             self._sent.append((row, self._unknown(gone[0])))
             return
-        row.versions = {p: self._versions[p] for p in row.request.gate}
-        row.gate = {self._slot_of[p]: w for p, w in row.request.gate.items() if p in self._slot_of}
+        row.versions = {p: self._version_for(p, row.request) for p in row.request.gate}
+        row.gate = {self._slots[p][row.versions[p]]: w for p, w in row.request.gate.items() if p in self._slots}
         for slot in row.gate:
             self._uses[slot] += 1
         self._decoder.open(len(self._rows), row.gate)
         self._rows.append(row)
+
+    def _version_for(self, persona: str, request: GenerateRequest) -> str:
+        """The version that a request asks for, or the current one where it asks for none or for one that has been let go of while it waited."""
+        asked = request.versions.get(persona, "")
+        return asked if asked in self._slots.get(persona, ()) else self._versions[persona]
 
     @property
     def _reading(self) -> bool:
@@ -360,7 +392,7 @@ class PersonaEngine:
         self._rows.pop()
         for slot in row.gate:
             self._uses[slot] -= 1
-            if slot not in self._slot_of.values():
+            if not any(slot in held.values() for held in self._slots.values()):
                 self._release(slot)
 
     def _release(self, slot: str) -> None:

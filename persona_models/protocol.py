@@ -29,6 +29,8 @@ class GenerateRequest:
     """One answer to generate.
 
     gate: persona id -> weight of its adapter; empty means the base alone, one entry of 1.0 one persona, several a mixture.
+    versions: persona id -> the version of its adapter that is wanted; where none is named, or it is no longer held, the current one answers.
+    lineup_ms: when the caller read which versions are in force, milliseconds since 1970; an engine that is older than this catches up first.
     document: the knowledge article as text, or None; where it is None the model hands over instead of inventing steps.
     top_k: 0 for all tokens; min_tokens: the answer does not end before; logit_bias: token id -> what is added to its logit;
     logprobs: None, or how many of the likeliest tokens are reported beside each token's own log-probability.
@@ -47,6 +49,8 @@ class GenerateRequest:
     min_tokens: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    lineup_ms: int = 0
 
 
 @dataclass(frozen=True)

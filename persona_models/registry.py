@@ -10,16 +10,21 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from persona_models.errors import RegistryError
+from persona_models.lineup import Lineup, Pinned, Trial
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ROUTER_MODEL = "deskroute-router"
 # Tag on a registered version: folder_digest of what was registered.
 DIGEST_TAG = "deskroute.digest"
+# Tag on a registered model whose challenger is on trial: "shadow", or "canary 10" for ten percent of the requests.
+TRIAL_TAG, SHADOW = "deskroute.trial", "shadow"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,20 @@ class VersionFacts:
     created: int
     metrics: dict[str, float]
     description: str
+
+
+def read_lineup(reader: RegistryReader, personas: Sequence[str], state: Path, *, since_ms: int = 0) -> tuple[Lineup, str | None]:
+    """What is in force, and a note where the registry could not be asked: then the lineup that was in force last, or what ships. Never raises.
+
+    since_ms: when the server started; a lineup that it has written down since is what its other replicas have, whatever the registry says now.
+    """
+    last = Lineup.load(state)
+    if since_ms and last and last.read_ms >= since_ms:
+        return last, None
+    try:
+        return reader.lineup(personas), None
+    except RegistryError as e:
+        return last or Lineup(), f"{e.message}; serving " + ("the versions that were in force last" if last else "what ships")
 
 
 def model_name(persona: str) -> str:
@@ -76,29 +95,88 @@ class RegistryReader:
         if self.empty:
             return None
         found = self._version(model, alias)
-        if found is None:
-            return None
-        folder = self.cache / model / str(found.version)
-        digest = found.tags.get(DIGEST_TAG)
-        if not folder.is_dir():
-            self._download(model, str(found.version), folder)
-        if digest and folder_digest(folder) != digest:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise RegistryError(f"{model} version {found.version} is not what was registered (its digest differs); register it anew or roll back")
-        return Registered(model, str(found.version), folder)
+        return self.fetch_version(model, _pinned(found)) if found else None
 
-    def aliases(self, model: str) -> dict[str, str]:
-        """Alias -> version of a registered model; empty where the model does not exist."""
+    def fetch_version(self, model: str, pinned: Pinned) -> Registered:
+        """A version as a local folder whose digest is that of what was registered. Asks the registry only for what is not in the cache.
+
+        Raises RegistryError as `fetch` does.
+        """
+        folder = self.cache / model / pinned.version
+        # A copy that differs was damaged, or is of a registry that has been made anew since: it is fetched again, once.
+        for _ in range(2):
+            if not folder.is_dir():
+                self._download(model, pinned.version, folder)
+            if pinned.digest is None or folder_digest(folder) == pinned.digest:
+                return Registered(model, pinned.version, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        raise RegistryError(f"{model} version {pinned.version} is not what was registered (its digest differs); register it anew or roll back")
+
+    def pin(self, model: str, version: str) -> Pinned | None:
+        """A version with its digest; None where it does not exist."""
         from mlflow.exceptions import MlflowException
 
         if self.empty:
-            return {}
+            return None
         try:
-            return {k: str(v) for k, v in self._open().get_registered_model(model).aliases.items()}
+            return _pinned(self._open().get_model_version(model, version))
+        except MlflowException as e:
+            if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise self._unreadable(e) from None
+        except Exception as e:
+            raise self._unreachable(e) from None
+
+    def lineup(self, personas: Sequence[str]) -> Lineup:
+        """What the registry says is in force now. Raises RegistryError when it cannot be reached."""
+        read_ms = time.time_ns() // 1_000_000
+        if self.empty:
+            return Lineup(read_ms)
+        champions, trials = {}, {}
+        for persona in personas:
+            facts = self._model(model_name(persona))
+            if facts is None:
+                continue
+            if version := facts.aliases.get(CHAMPION):
+                champions[persona] = self.pin(model_name(persona), str(version)) or Pinned(str(version))
+            how, version = facts.tags.get(TRIAL_TAG, ""), facts.aliases.get(CHALLENGER)
+            if how and version:
+                pinned = self.pin(model_name(persona), str(version)) or Pinned(str(version))
+                trials[persona] = Trial(pinned, shadow=True) if how == SHADOW else Trial(pinned, float(how.removeprefix("canary ")) / 100)
+        facts = self._model(ROUTER_MODEL)
+        version = facts.aliases.get(CHAMPION) if facts else None
+        router = (self.pin(ROUTER_MODEL, str(version)) if version else None) or Pinned()
+        return Lineup(read_ms, champions, trials, router)
+
+    def aliases(self, model: str) -> dict[str, str]:
+        """Alias -> version of a registered model; empty where the model does not exist."""
+        found = None if self.empty else self._model(model)
+        return {k: str(v) for k, v in found.aliases.items()} if found else {}
+
+    def description(self, model: str, version: str) -> str:
+        """What was written about a version when it was registered. Raises RegistryError."""
+        try:
+            return str(self._open().get_model_version(model, version).description or "")
+        except Exception as e:
+            raise self._unreadable(e) from None
+
+    def trial(self, model: str) -> str | None:
+        """How the challenger of a model is on trial, "canary 10" or "shadow"; None where it is not."""
+        found = None if self.empty else self._model(model)
+        return str(found.tags.get(TRIAL_TAG) or "") or None if found else None
+
+    def _model(self, model: str) -> Any:
+        """The registered model, None where it does not exist."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._open().get_registered_model(model)
         except MlflowException as e:
             if e.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return {}
-            raise RegistryError(f"the registry at {self.uri} cannot be read: {_first_line(e)}") from None
+                return None
+            raise self._unreadable(e) from None
+        except Exception as e:
+            raise self._unreachable(e) from None
 
     def versions(self, model: str) -> dict[str, VersionFacts]:
         """Version -> what is known of it, newest first; empty where the model does not exist."""
@@ -113,7 +191,7 @@ class RegistryReader:
                 rows[str(v.version)] = VersionFacts(str(v.version), v.run_id, int(v.creation_timestamp), metrics, v.description or "")
             return rows
         except Exception as e:
-            raise RegistryError(f"the registry at {self.uri} cannot be read: {_first_line(e)}") from None
+            raise self._unreadable(e) from None
 
     def experiment_id(self, name: str) -> str | None:
         """Id of an experiment, for links into the UI."""
@@ -123,10 +201,21 @@ class RegistryReader:
     def _open(self) -> Any:
         if self._client is None:
             os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+            # MLflow's own patience, 7 retries of 120 s, would keep a server from starting for minutes while its registry is down.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            # An adapter is fetched in a blink.
+            os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
             from mlflow import MlflowClient
 
             self._client = MlflowClient(self.uri, self.uri)
         return self._client
+
+    def _unreadable(self, error: Exception) -> RegistryError:
+        return RegistryError(f"the registry at {self.uri} cannot be read: {_first_line(error)}")
+
+    def _unreachable(self, error: Exception) -> RegistryError:
+        return RegistryError(f"the registry at {self.uri} cannot be reached: {_first_line(error)}")
 
     def _version(self, model: str, alias: str) -> Any:
         from mlflow.exceptions import MlflowException
@@ -137,9 +226,9 @@ class RegistryReader:
             # A missing alias is INVALID_PARAMETER_VALUE, a missing model RESOURCE_DOES_NOT_EXIST.
             if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
-            raise RegistryError(f"the registry at {self.uri} cannot be read: {_first_line(e)}") from None
+            raise self._unreadable(e) from None
         except Exception as e:
-            raise RegistryError(f"the registry at {self.uri} cannot be reached: {_first_line(e)}") from None
+            raise self._unreachable(e) from None
 
     def _download(self, model: str, version: str, folder: Path) -> None:
         import mlflow
@@ -159,6 +248,10 @@ class RegistryReader:
                         raise
         except Exception as e:
             raise RegistryError(f"{model} version {version} cannot be fetched from {self.uri}: {_first_line(e)}") from None
+
+
+def _pinned(version: Any) -> Pinned:
+    return Pinned(str(version.version), version.tags.get(DIGEST_TAG))
 
 
 def _first_line(error: Exception) -> str:

@@ -57,6 +57,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def exported(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--map", metavar="NAME|FILE", help="which columns carry what: servicenow, jira, zendesk, or a YAML file (default: usual names)"
+        )
+        sub.add_argument("--encoding", help="of the tickets file, where it is not UTF-8")
+        sub.add_argument("--region", metavar="CC", help="country of phone numbers without a country code, for example DE")
+
+    server = "the running server, where it is not on this state folder"
+
     sub = add("serve", _serve, "answer over HTTP until Ctrl-C")
     sub.add_argument("--host")
     sub.add_argument("--port", type=int)
@@ -74,14 +83,21 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("retrain", _retrain, "fine-tune, judge, register and promote a persona, the router, or all")
     sub.add_argument("what", metavar="PERSONA|router|all")
-    sub.add_argument("--tickets", type=Path, metavar="FILE", help="CSV or JSONL with prompt and answer (default: the built-in corpus)")
-    sub.add_argument("--encoding", help="of the tickets file, where it is not UTF-8")
-    sub.add_argument("--method", help="lora or rslora")
+    sub.add_argument("--tickets", type=Path, metavar="FILE", help="CSV, JSONL or Parquet with requests and answers (default: the built-in corpus)")
+    exported(sub)
+    sub.add_argument("--unrouted", action="store_true", help="take tickets that name no persona for this one, instead of asking the router")
+    sub.add_argument("--method", help="any PEFT method that changes weights: lora (default), rslora, dora, ia3, vera, loha ...")
     sub.add_argument("--steps", type=int, help="optimizer steps")
     sub.add_argument("--seed", type=int)
     sub.add_argument("--no-promote", action="store_true", help="register as challenger only")
     sub.add_argument("--gates", type=Path, metavar="FILE", help="promotion gates (default: mlflow/promotion.yaml)")
+    sub.add_argument("--server", metavar="URL", help=server)
     sub.add_argument("--export", type=Path, metavar="DIR", help="also copy the finished artefacts there, for shipping")
+
+    sub = add("tickets", _tickets, "check, redact and sort a ticket export without training on it")
+    sub.add_argument("tickets", type=Path, metavar="FILE", help="CSV, JSONL or Parquet")
+    exported(sub)
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tickets.jsonl, quarantine.jsonl and report.json go")
 
     sub = add("evaluate", _evaluate, "measure routing, retrieval and answers on prompts that no training saw")
     sub.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and every answer there")
@@ -93,9 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("promote", _promote, "make a registered version the champion")
     sub.add_argument("persona", metavar="PERSONA|router")
     sub.add_argument("version")
+    how = sub.add_mutually_exclusive_group()
+    how.add_argument("--canary", type=float, metavar="PERCENT", help="try it on this share of the persona's requests first")
+    sub.add_argument("--minutes", type=float, help="how long the canary lasts; then it is promoted or withdrawn by its results")
+    how.add_argument("--shadow", action="store_true", help="answer with the champion and record what this version would have said")
+    how.add_argument("--force", metavar="REASON", help="although it failed a gate; the reason is recorded")
+    sub.add_argument("--server", metavar="URL", help=server)
 
-    sub = add("rollback", _rollback, "make the champion before the champion again")
+    sub = add("rollback", _rollback, "end a trial, or make the champion before the champion again")
     sub.add_argument("persona", metavar="PERSONA|router")
+    sub.add_argument("--server", metavar="URL", help=server)
 
     sub = add("ui", _ui, "the MLflow UI on the registry in force")
     sub.add_argument("--port", type=int, default=5000)
@@ -155,12 +178,11 @@ def _ask(args: argparse.Namespace) -> None:
 
 
 def _retrain(args: argparse.Namespace) -> None:
-    from pipelines.dataset import tickets_of
     from pipelines.promote import check_export, read_gates, registered_model
-    from pipelines.tickets import read_tickets
 
     config = _config(args, training__method=args.method, training__seed=args.seed)
     names = [p.id for p in config.catalogue()]
+    wanted = names if args.what == "all" else [args.what]
     if args.what != "all":
         registered_model(config, args.what)
     if args.export:
@@ -169,20 +191,22 @@ def _retrain(args: argparse.Namespace) -> None:
         raise InputError(f"--steps is {args.steps}; it must be at least 1")
     if args.what == "router" and args.tickets:
         raise InputError("--tickets retrains personas; the router learns from the corpus")
+    if args.unrouted and (args.what == "all" or not args.tickets):
+        raise InputError("--unrouted takes every ticket that names no persona for the one persona that is retrained; give --tickets and one PERSONA")
     read_gates(args.gates)
-    tickets, report = None, None
-    if args.tickets:
-        tickets, report = read_tickets(args.tickets, names, encoding=args.encoding)
-        print(f"{args.tickets}: {report}", file=sys.stderr)
-        for name in names if args.what == "all" else [args.what]:
-            tickets_of(tickets, name)
+    tickets = _import(config, args, config.state / "work" / "tickets", all_of=args.what if args.unrouted else None) if args.tickets else None
+    if tickets:
+        from pipelines.dataset import check_tickets
+
+        for name in wanted:
+            check_tickets(tickets.of(name), name)
     from pipelines.retrain import Retraining, export
 
-    work = Retraining(config, gates=args.gates)
+    work = Retraining(config, gates=args.gates, server=args.server)
     outcomes = []
-    for name in names if args.what == "all" else [args.what]:
+    for name in wanted:
         promote = not args.no_promote
-        outcome = work.router(promote=promote) if name == "router" else work.persona(name, tickets, report, promote=promote, steps=args.steps)
+        outcome = work.router(promote=promote) if name == "router" else work.persona(name, tickets, promote=promote, steps=args.steps)
         outcomes.append(outcome)
         print(outcome, flush=True)
     made = {o.name: o.adapter for o in outcomes if o.adapter}
@@ -192,7 +216,29 @@ def _retrain(args: argparse.Namespace) -> None:
         for name, folder in made.items():
             export(folder, args.export / name)
         print(f"exported to {args.export}")
-    print("`deskroute serve` uses champions from its next start; `deskroute compare` shows them side by side")
+    if any(o.promoted and not o.live for o in outcomes):
+        print("no server runs on this state folder; `deskroute serve` uses champions from its next start")
+    print("`deskroute compare` shows them side by side")
+
+
+def _import(config: Any, args: argparse.Namespace, out: Path, *, all_of: str | None = None) -> Any:
+    from pipelines.imports import QUARANTINE, import_tickets
+    from pipelines.tickets import read_map
+
+    found = import_tickets(args.tickets, out, config, columns=read_map(args.map), encoding=args.encoding, region=args.region, all_of=all_of)
+    print(f"{args.tickets}: {found}", file=sys.stderr)
+    if found.facts["kept_aside"]:
+        print(f"the rows kept aside, with their reasons: {out / QUARANTINE}", file=sys.stderr)
+    return found
+
+
+def _tickets(args: argparse.Namespace) -> None:
+    config = _config(args)
+    if args.out.exists() and not (args.out / "report.json").is_file():
+        raise InputError(f"--out: {args.out} holds something else than an import and would be replaced; give another folder")
+    found = _import(config, args, args.out)
+    counts = {p.id: len(found.of(p.id)) for p in config.catalogue()}
+    print(f"{args.out}: " + ", ".join(f"{n} {p}" for p, n in counts.items()))
 
 
 def print_matrix(names: list[str], values: Any) -> None:
@@ -222,17 +268,45 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _promote(args: argparse.Namespace) -> None:
-    from pipelines.promote import promote
+    from pipelines.promote import Promoter, read_gates
 
-    before = promote(_config(args), args.persona, args.version)
-    print(f"{args.persona}: version {args.version} is champion (before: {before}); `deskroute serve` uses it from its next start")
+    if args.canary is not None and not 0 < args.canary < 100:
+        raise InputError(f"--canary is {args.canary:g}; it is a share of the requests in percent, for example 10")
+    if args.force is not None and not args.force.strip():
+        raise InputError("--force needs the reason, which is recorded with the version")
+    if args.minutes is not None and (args.canary is None or args.minutes <= 0):
+        raise InputError("--minutes says how long a --canary lasts before it is promoted or withdrawn; give both")
+    rule = read_gates().trial
+    promoter = Promoter(_config(args), args.server)
+    if args.canary is not None or args.shadow:
+        how = "shadow" if args.shadow else f"canary {args.canary:g}"
+        print(promoter.begin_trial(args.persona, args.version, how), flush=True)
+        if args.minutes:
+            wait(args.minutes, f"canary of {args.persona} {args.version}")
+            moved, why = promoter.end_canary(args.persona, args.version, rule)
+            print(f"{why}\n{moved}")
+            return
+        print(
+            f"`deskroute compare` shows how it fares; then `deskroute promote {args.persona} {args.version}` or `deskroute rollback {args.persona}`"
+        )
+    else:
+        print(promoter.promote(args.persona, args.version, forced=args.force))
+
+
+def wait(minutes: float, title: str) -> None:
+    """Let time pass, with a bar."""
+    import time
+
+    from tqdm import tqdm
+
+    for _ in tqdm(range(round(60 * minutes)), desc=title, unit="s", dynamic_ncols=True):
+        time.sleep(1)
 
 
 def _rollback(args: argparse.Namespace) -> None:
-    from pipelines.promote import roll_back
+    from pipelines.promote import Promoter
 
-    withdrawn, now = roll_back(_config(args), args.persona)
-    print(f"{args.persona}: version {withdrawn} is withdrawn, {now} is in force; `deskroute serve` uses it from its next start")
+    print(Promoter(_config(args), args.server).roll_back(args.persona))
 
 
 def _ui(args: argparse.Namespace) -> None:

@@ -53,6 +53,7 @@ class Example:
     persona: str
     topic: str
     kind: str  # article | handover | still | thanks
+    register: str = ""
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Composer:
         if kind in ("still", "thanks"):
             messages += [Message("assistant", answer), Message("user", rng.choice(self.corpus.follow_ups[kind]))]
             answer = _pick(getattr(manner, kind), values, document, rng)
-        return Example(tuple(messages), document, answer, persona, prompt.topic, kind)
+        return Example(tuple(messages), document, answer, persona, prompt.topic, kind, prompt.register)
 
     def _value(self, options: Sequence[str], rng: random.Random) -> str:
         if rng.random() >= COINED_SLOTS:

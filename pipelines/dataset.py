@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,18 @@ from typing import Any
 from persona_models.errors import TicketError
 from persona_models.protocol import Message
 from pipelines.compose import Composer, Corpus
-from pipelines.tickets import Ticket, TicketReport, redact
+from pipelines.imports import Imported
+from pipelines.tickets import Ticket
 from router.article import handover_document
 from router.feedback import Rating
 from router.knowledge import KnowledgeBase
+from router.redaction import redact
 
 VALIDATION_SHARE = 0.15
 # Below this a held-out share says nothing and a fine-tune learns nothing.
 MIN_TICKETS = 20
+# Requesters count as new for this long.
+NEW_DAYS = 90
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Sample:
     answer: str
     source: str  # corpus | ticket | feedback
     topic: str = ""
+    # What kind of request it is, for figures by kind: register, tenure, length.
+    traits: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,31 @@ class Dataset:
     folder: Path
     digest: str
     facts: Mapping[str, Any]
+    # Of the people in `train`, the newest: they tell when to stop, so that `validation` judges what never saw it.
+    watch: tuple[Sample, ...] = ()
 
 
 def corpus_samples(corpus: Corpus, persona: str, n: int, *, seed: int, held_out: bool) -> list[Sample]:
     """n composed samples of a persona; the held-out ones come from authors that no training example has."""
     composer = Composer(corpus, seed, held_out=held_out)
     examples = (composer.example(i, persona) for i in range(n))
-    return [Sample(e.messages, e.document, e.answer, "corpus", e.topic) for e in examples]
+    return [Sample(e.messages, e.document, e.answer, "corpus", e.topic, {"register": e.register} | _length(e.messages)) for e in examples]
 
 
 def ticket_samples(tickets: Sequence[Ticket], persona: str, knowledge: KnowledgeBase, values: Mapping[str, str]) -> list[Sample]:
     """Tickets as samples, each with the article that serving would show."""
-    return [Sample((Message("user", t.prompt),), _document(t.prompt, persona, knowledge, values), t.answer, "ticket") for t in tickets]
+    samples = []
+    for t in tickets:
+        document, topic = _document(t.prompt, persona, knowledge, values)
+        messages = (Message("user", t.prompt),)
+        tenure = {} if t.profile.tenure_days is None else {"tenure": "new" if t.profile.tenure_days < NEW_DAYS else "settled"}
+        samples.append(Sample(messages, document, t.answer, "ticket", topic, tenure | _length(messages)))
+    return samples
+
+
+def _length(messages: Sequence[Message]) -> dict[str, str]:
+    words = sum(len(m.content.split()) for m in messages if m.role == "user")
+    return {"length": "short" if words <= 8 else "medium" if words <= 25 else "long"}
 
 
 def feedback_samples(ratings: Sequence[Rating], persona: str, knowledge: KnowledgeBase, values: Mapping[str, str]) -> list[Sample]:
@@ -74,8 +93,22 @@ def feedback_samples(ratings: Sequence[Rating], persona: str, knowledge: Knowled
         if answer:
             messages = tuple(Message(m.role, redact(m.content)) for m in rating.messages)
             prompt = " ".join(m.content for m in messages if m.role == "user")
-            samples.append(Sample(messages, _document(prompt, persona, knowledge, values), redact(answer), "feedback"))
+            document, topic = _document(prompt, persona, knowledge, values)
+            samples.append(Sample(messages, document, redact(answer), "feedback", topic, _length(messages)))
     return samples
+
+
+def preferences(ratings: Sequence[Rating], persona: str) -> list[dict[str, Any]]:
+    """Disliked answers with the better ones that people wrote, redacted: pairs for methods that learn from preferences."""
+    return [
+        {
+            "messages": [{"role": m.role, "content": redact(m.content)} for m in r.messages],
+            "chosen": redact(r.better_answer),
+            "rejected": redact(r.answer),
+        }
+        for r in ratings
+        if r.rating == "down" and r.messages and r.answer and r.better_answer and (r.correct_persona or r.persona) == persona
+    ]
 
 
 def split_tickets(tickets: Sequence[Ticket], share: float = VALIDATION_SHARE) -> tuple[list[Ticket], list[Ticket]]:
@@ -101,12 +134,14 @@ def split_tickets(tickets: Sequence[Ticket], share: float = VALIDATION_SHARE) ->
     return train, [t for i, t in enumerate(tickets) if i in held and _plain(t.prompt) not in seen]
 
 
-def tickets_of(tickets: Sequence[Ticket], persona: str) -> list[Ticket]:
-    """The tickets of a persona and those that name none. Raises TicketError where they are too few."""
-    own = [t for t in tickets if t.persona in (None, persona)]
-    if len(own) < MIN_TICKETS:
-        raise TicketError(f"only {len(own)} usable tickets of the persona {persona}; at least {MIN_TICKETS} are needed, 200 and more are worth it")
-    return own
+def check_tickets(tickets: Sequence[Ticket], persona: str) -> None:
+    """Refuse too few tickets, and ones of which none can be held out. Raises TicketError."""
+    if len(tickets) < MIN_TICKETS:
+        raise TicketError(
+            f"only {len(tickets)} usable tickets of the persona {persona}; at least {MIN_TICKETS} are needed, 200 and more are worth it"
+        )
+    if not all(split_tickets(tickets)):
+        raise TicketError("no ticket can be held out to judge by: all come from one requester, or all ask the same; export tickets of several people")
 
 
 def _plain(text: str) -> str:
@@ -120,8 +155,7 @@ def build_dataset(
     corpus: Corpus,
     knowledge: KnowledgeBase,
     values: Mapping[str, str],
-    tickets: Sequence[Ticket] | None,
-    ticket_report: TicketReport | None,
+    tickets: Imported | None,
     ratings: Sequence[Rating],
     corpus_train: int,
     corpus_validation: int,
@@ -133,22 +167,18 @@ def build_dataset(
     small base does not unlearn its manner. Raises TicketError for too few tickets of the persona.
     """
     rng = random.Random(seed)
+    watch: list[Sample] = []
     train = feedback_samples(ratings, persona, knowledge, values)
     n_feedback = len(train)
     if tickets is None:
         train += corpus_samples(corpus, persona, corpus_train, seed=seed, held_out=False)
         validation = corpus_samples(corpus, persona, corpus_validation, seed=seed, held_out=True)
     else:
-        own = [t for t in tickets if t.persona in (None, persona)]
-        if len(own) < MIN_TICKETS:
-            raise TicketError(
-                f"only {len(own)} usable tickets of the persona {persona}; at least {MIN_TICKETS} are needed, 200 and more are worth it"
-            )
+        own = tickets.of(persona)
+        check_tickets(own, persona)
         early, late = split_tickets(own)
-        if not early or not late:
-            raise TicketError(
-                "no ticket can be held out to judge by: all come from one requester, or all ask the same; export tickets of several people"
-            )
+        early, watched = split_tickets(early)
+        watch = ticket_samples(watched, persona, knowledge, values)
         train += ticket_samples(early, persona, knowledge, values)
         train += corpus_samples(corpus, persona, len(train), seed=seed, held_out=False)
         validation = ticket_samples(late, persona, knowledge, values)
@@ -156,37 +186,34 @@ def build_dataset(
     facts = {
         "persona": persona,
         "train": len(train),
+        "watch": len(watch),
         "validation": len(validation),
         "feedback": n_feedback,
-        "tickets": str(ticket_report) if ticket_report else None,
+        "tickets": str(tickets) if tickets else None,
+        "tickets_digest": tickets.digest if tickets else None,
         "seed": seed,
     }
-    digest = _write(out, train, validation, ticket_report.quarantine if ticket_report else [], facts)
-    return Dataset(persona, tuple(train), tuple(validation), out, digest, facts)
+    digest = _write(out, train, validation, watch, preferences(ratings, persona), facts)
+    return Dataset(persona, tuple(train), tuple(validation), out, digest, facts, tuple(watch))
 
 
-def _document(prompt: str, persona: str, knowledge: KnowledgeBase, values: Mapping[str, str]) -> str:
+def _document(prompt: str, persona: str, knowledge: KnowledgeBase, values: Mapping[str, str]) -> tuple[str, str]:
+    """What the model will read with a prompt, and the article's id."""
     match = knowledge.best(prompt)
-    return match.article.render(persona, values=values) if match else handover_document(values)
+    return (match.article.render(persona, values=values), match.article.id) if match else (handover_document(values), "")
 
 
-def _redacted(row: Any) -> Any:
-    """Text anywhere in a quarantined row without personal data."""
-    if isinstance(row, str):
-        return redact(row)
-    if isinstance(row, dict):
-        return {k: _redacted(v) for k, v in row.items()}
-    return [_redacted(v) for v in row] if isinstance(row, list) else row
-
-
-def _write(out: Path, train: Sequence[Sample], validation: Sequence[Sample], quarantine: Sequence[Any], facts: Mapping[str, Any]) -> str:
+def _write(
+    out: Path, train: Sequence[Sample], validation: Sequence[Sample], watch: Sequence[Sample], pairs: Sequence[Any], facts: Mapping[str, Any]
+) -> str:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     files = {
         "train.jsonl": [asdict(s) for s in train],
         "validation.jsonl": [asdict(s) for s in validation],
-        "quarantine.jsonl": [_redacted(q) for q in quarantine],
+        "watch.jsonl": [asdict(s) for s in watch],
+        "preferences.jsonl": pairs,
     }
     digests = {}
     for name, rows in files.items():

@@ -64,10 +64,10 @@ def _base(config: Config) -> str:
 
 
 def _router(config: Config) -> str:
-    from router.loading import artefact, load_classifier
+    from router.loading import artefact, lineup_in_force, load_classifier
 
     load_classifier(config)
-    folder, version = artefact(config)
+    folder, version = artefact(config, lineup_in_force(config).router)
     return f"{version} ({folder})"
 
 

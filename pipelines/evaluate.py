@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Answer:
     text: str
     finish_reason: str
     tokens: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def persona_row(base: BaseModel, samples: Sequence[Sample], adapters: Mapping[st
     encoded = encode_samples(base, samples, manner, max_tokens)
     row = {}
     for name, adapter in adapters.items():
-        with _Applied(base, adapter):
+        with Applied(base, adapter):
             row[name] = mean_loss(base.model, encoded, base.tokenizer.pad_token_id)
     return row
 
@@ -79,7 +81,7 @@ def persona_matrix(
     return np.array([[row[c] for c in columns] for row in rows])
 
 
-class _Applied:
+class Applied:
     """An adapter on every row, for as long as the block lasts; the base's own layers are put back after it."""
 
     def __init__(self, base: BaseModel, adapter: Adapter | None) -> None:
@@ -116,6 +118,7 @@ async def _generate(
 
     async def one(i: int, sample: Sample) -> Answer:
         request = GenerateRequest(str(i), sample.messages, gate, sample.document, max_tokens)
+        began = time.perf_counter()
         try:
             events = [event async for event in engine.generate(request)]
         except ContextLengthError:
@@ -123,7 +126,7 @@ async def _generate(
             return Answer("", "too long", 0)
         finally:
             bar.update()
-        return Answer("".join(e.text for e in events), str(events[-1].finish_reason), events[-1].completion_tokens)
+        return Answer("".join(e.text for e in events), str(events[-1].finish_reason), events[-1].completion_tokens, time.perf_counter() - began)
 
     try:
         return await asyncio.gather(*(one(i, s) for i, s in enumerate(samples)))

@@ -35,7 +35,7 @@ def local_desk(config: Config, *, models: bool, rows: int = 1) -> Desk:
             threads=replica_threads(None, 1),
             gpu=False,
             registry_uri=config.registry_uri,
-            cache=config.state / "cache",
+            state=config.state,
         ).engine
         engines = dict.fromkeys([*personas, BASE], engine)
     # Nothing asked at the terminal is recorded.

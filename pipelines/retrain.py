@@ -1,30 +1,35 @@
 """`deskroute retrain`: the ticket's way, stage by stage.
 
-tickets -> dataset -> fine-tune -> evaluate against base and champion -> gates -> MLflow run, registered version, alias -> the next `deskroute serve`
+tickets -> dataset -> fine-tune -> evaluate against base and champion -> gates -> MLflow run, registered version, alias -> live
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import shutil
+import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from persona_models.adapters import Adapter, builtin_adapter, read_adapter
+from persona_models.adapters import builtin_adapter, read_adapter
 from persona_models.base_model import BaseModel, load_base
-from persona_models.errors import AdapterError, RegistryError
+from persona_models.errors import AdapterError, DeskrouteError, RegistryError, WorkError
 from persona_models.personas import Persona
 from persona_models.registry import CHAMPION, ROUTER_MODEL, RegistryReader, model_name
 from pipelines import plots
 from pipelines.compose import CORPUS, Corpus
 from pipelines.dataset import Dataset, build_dataset, corpus_samples
-from pipelines.evaluate import generate_answers, persona_matrix, persona_row, score_answers
-from pipelines.finetune import CHECKPOINT, Finetuned, finetune
-from pipelines.promote import faults, read_gates
-from pipelines.tickets import Ticket, TicketReport
+from pipelines.evaluate import persona_matrix
+from pipelines.finetune import CHECKPOINT, WATCH_EVERY_STEPS, Finetuned, finetune
+from pipelines.imports import Imported
+from pipelines.judge import BASE, NEW, Judgement, judge
+from pipelines.promote import FAILED, Promoter, faults, read_gates
 from pipelines.tracking import PERSONA_EXPERIMENT, ROUTER_EXPERIMENT, Tracker
 from router.config import Config
 from router.feedback import Rating, open_for_reading
@@ -34,6 +39,8 @@ from router.loading import load_knowledge
 # Held-out answers per persona: for the loss, and to generate and show side by side.
 VALIDATION = 60
 SHOWN = 12
+# Of a persona's metrics, those of the line that `deskroute retrain` prints; MLflow has all.
+PRINTED = ("eval/loss", "eval/base_loss", "eval/gain", "eval/chrf", "eval/rougeL", "eval/ends", "eval/carried", "eval/grounded", "eval/tokens")
 
 
 @dataclass
@@ -47,18 +54,23 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     adapter: Path | None = None
+    live: str = ""
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in self.metrics.items() if k.startswith("eval/"))
+        names = PRINTED if self.name != "router" else [k for k in self.metrics if k.startswith("eval/")]
+        shown = ", ".join(f"{k.removeprefix('eval/')} {self.metrics[k]:.3f}" for k in names if k in self.metrics)
+        if "eval/delta_low" in self.metrics:
+            shown += f"; loss against {'the champion' if 'eval/champion_loss' in self.metrics else 'the base'} {self.metrics['eval/delta']:+.4f}"
+            shown += f" (95 %: {self.metrics['eval/delta_low']:+.4f} to {self.metrics['eval/delta_high']:+.4f})"
         state = "champion" if self.promoted else "challenger" + (f" ({'; '.join(self.faults)})" if self.faults else "")
-        return f"{self.name}: version {self.version} is {state} after {self.seconds:.0f} s; {shown}"
+        return f"{self.name}: version {self.version} is {state}{self.live and ', ' + self.live} after {self.seconds:.0f} s; {shown}"
 
 
 class Retraining:
     """Everything the stages share, loaded once for all personas."""
 
-    def __init__(self, config: Config, *, gates: Path | None = None) -> None:
-        self.config = config
+    def __init__(self, config: Config, *, gates: Path | None = None, server: str | None = None) -> None:
+        self.config, self.server = config, server
         self.gates = read_gates(gates)
         self.catalogue = {p.id: p for p in config.catalogue()}
         self.corpus = Corpus(config.corpus or CORPUS, tuple(self.catalogue))
@@ -82,46 +94,55 @@ class Retraining:
         """The base; the router is retrained without it."""
         return load_base(self.config.base, dtype=self.config.dtype)
 
-    def persona(self, name: str, tickets: Sequence[Ticket] | None, report: TicketReport | None, *, promote: bool, steps: int | None) -> Outcome:
-        """Retrain one persona."""
+    def persona(self, name: str, tickets: Imported | None, *, promote: bool, steps: int | None, run_name: str | None = None) -> Outcome:
+        """Retrain one persona. Raises WorkError where another process is at it."""
         began = time.monotonic()
         persona, training = self.catalogue[name], self.config.training
         work = self.config.state / "work" / name
-        n_train = training.rows * training.steps
-        dataset = build_dataset(
-            name,
-            work / "dataset",
-            corpus=self.corpus,
-            knowledge=self.knowledge,
-            values=self.values,
-            tickets=tickets,
-            ticket_report=report,
-            ratings=self.ratings,
-            corpus_train=n_train,
-            corpus_validation=VALIDATION,
-            seed=training.seed,
-        )
-        if steps is None:
-            steps = training.steps if tickets is None else max(10, round(training.epochs * len(dataset.train) / training.rows))
-        params = training.model_dump(mode="json", exclude={"epochs", "steps"}) | {"persona": name, "steps": steps, "base": self.config.base}
-        params |= {"train_samples": len(dataset.train), "data": "tickets" if tickets else "built-in corpus"}
-        stamp = time.strftime("%Y-%m-%d %H:%M")
-        tags = {"stage": "train", "persona": name, "mlflow.runColor": persona.colour, "base_digest": self.base.digest, "dataset": dataset.digest}
-        run_name = f"{name}-r{training.rank}-s{training.seed}"
-        with self.tracker.run(
-            PERSONA_EXPERIMENT, run_name, tags=tags, params=params, description=f"{persona.title}, {params['data']}, {stamp}."
-        ) as run:
-            made = finetune(self.base, dataset, training, manner=persona.manner, steps=steps, work=work)
-            metrics, rivals = self._judge(persona, dataset, made, run)
-            outcome = Outcome(name, "", False, faults(self.gates.persona, metrics, rivals), metrics, adapter=made.folder)
-            # Before the curve: MLflow colours its parallel-coordinates plot by the metric that came first.
-            self._register(run, model_name(name), made.folder, outcome, tags)
-            run.series({"train/loss": made.history.losses})
-            run.metrics({"train/tokens": made.history.tokens, "train/seconds": made.history.seconds})
-            run.figure(plots.losses(made.history.losses, f"{persona.title}: training loss", persona.colour, metrics["eval/loss"]), "plots/loss.png")
-            self._log_data(run, dataset)
-            self._promote(model_name(name), outcome, promote)
-        (work / CHECKPOINT).unlink(missing_ok=True)
+        with _alone(work, name):
+            dataset = build_dataset(
+                name,
+                work / "dataset",
+                corpus=self.corpus,
+                knowledge=self.knowledge,
+                values=self.values,
+                tickets=tickets,
+                ratings=self.ratings,
+                corpus_train=training.rows * training.steps,
+                corpus_validation=VALIDATION,
+                seed=training.seed,
+            )
+            if steps is None:
+                steps = training.steps if tickets is None else max(10, round(training.epochs * len(dataset.train) / training.rows))
+            params = training.model_dump(mode="json", exclude={"epochs", "steps"}) | {"persona": name, "steps": steps, "base": self.config.base}
+            params |= {"train_samples": len(dataset.train), "data": "tickets" if tickets else "built-in corpus"}
+            params |= {"base_digest": self.base.digest, "dataset_digest": dataset.digest}
+            tags = {"stage": "train", "persona": name, "mlflow.runColor": persona.colour}
+            with self.tracker.run(
+                PERSONA_EXPERIMENT,
+                run_name or f"{name}-r{training.rank}-s{training.seed}",
+                tags=tags,
+                params=params,
+                description=f"{persona.title}, {params['data']}, {time.strftime('%Y-%m-%d %H:%M')}.",
+                work=_place(work),
+            ) as run:
+                made = finetune(self.base, dataset, training, manner=persona.manner, steps=steps, work=work)
+                verdict = self._judge(persona, dataset, made)
+                outcome = Outcome(name, "", False, faults(self.gates.persona, verdict.metrics, verdict.rivals), verdict.metrics, adapter=made.folder)
+                run.table(verdict.samples, "eval_samples.json")
+                if verdict.slices:
+                    run.table({k: [row.get(k) for row in verdict.slices] for k in verdict.slices[0]}, "eval_slices.json")
+                # Before the curve: MLflow colours its parallel-coordinates plot by the metric that came first.
+                self._register(run, model_name(name), made.folder, outcome, tags)
+                run.series({"train/loss": made.history.losses})
+                if made.history.watched:
+                    run.series({"train/watched_loss": made.history.watched}, first_step=WATCH_EVERY_STEPS, every=WATCH_EVERY_STEPS)
+                run.metrics({"train/tokens": made.history.tokens, "train/seconds": made.history.seconds, "train/steps": len(made.history.losses)})
+                loss = verdict.metrics["eval/loss"]
+                run.figure(plots.losses(made.history.losses, f"{persona.title}: training loss", persona.colour, loss), "plots/loss.png")
+                self._log_data(run, dataset)
+                self._promote(name, outcome, promote)
+            (work / CHECKPOINT).unlink(missing_ok=True)
         outcome.seconds = time.monotonic() - began
         return outcome
 
@@ -133,9 +154,12 @@ class Retraining:
         work = self.config.state / "work" / "router"
         seed = self.config.training.seed
         tags = {"stage": "train", "router": "yes"}
-        with self.tracker.run(
-            ROUTER_EXPERIMENT, f"router-s{seed}", tags=tags, params={"seed": seed}, description="Router and knowledge index."
-        ) as run:
+        with (
+            _alone(work, "router"),
+            self.tracker.run(
+                ROUTER_EXPERIMENT, f"router-s{seed}", tags=tags, params={"seed": seed}, description="Router and knowledge index.", work=_place(work)
+            ) as run,
+        ):
             report = train_router(self.corpus.folder, work / "artefact", tuple(self.catalogue), seed)
             metrics = {f"eval/{k}": float(v) for k, v in report.metrics.items()}
             run.figure(plots.confusion(report.confusion, report.personas, "Persona, held-out authors"), "plots/confusion.png")
@@ -150,7 +174,7 @@ class Retraining:
             old = self.registry.versions(ROUTER_MODEL)[champion].metrics if champion else {}
             outcome = Outcome("router", "", False, faults(self.gates.router, metrics, {"champion": old}), metrics, adapter=work / "artefact")
             self._register(run, ROUTER_MODEL, work / "artefact", outcome, tags)
-            self._promote(ROUTER_MODEL, outcome, promote)
+            self._promote("router", outcome, promote)
         outcome.seconds = time.monotonic() - began
         return outcome
 
@@ -170,41 +194,22 @@ class Retraining:
             run.table({"answers of": names} | {c: [float(v) for v in values[:, j]] for j, c in enumerate(["base", *names])}, "persona_matrix.json")
         return values
 
-    def _judge(self, persona: Persona, dataset: Dataset, made: Finetuned, run: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """Metrics of the new adapter, and its rivals' on the same samples; logs the table of answers."""
-        new = read_adapter(made.folder, self.base)
+    def _judge(self, persona: Persona, dataset: Dataset, made: Finetuned) -> Judgement:
         in_force = self.folder_in_force(persona.id)
-        champion = read_adapter(in_force, self.base) if in_force else None
-        candidates: dict[str, Adapter | None] = {"base": None, "new": new} | ({"champion": champion} if champion else {})
-        loss = persona_row(self.base, dataset.validation, candidates, persona.manner, self.config.training.max_tokens)
-        shown = dataset.validation[:SHOWN]
-        answers = {
-            name: generate_answers(
-                self.base,
-                shown,
-                adapter,
-                persona=persona.id,
-                manner=persona.manner,
-                max_tokens=self.config.generation.max_tokens,
-                title=f"answers, {name}",
-            )
-            for name, adapter in candidates.items()
-        }
-        scored = {name: score_answers(shown, a) for name, a in answers.items()}
-        metrics = {
-            "eval/loss": loss["new"],
-            "eval/gain": 100 * (loss["base"] - loss["new"]) / loss["base"],
-            "eval/base_loss": loss["base"],
-            **({"eval/champion_loss": loss["champion"]} if champion else {}),
-            **{f"eval/{k}": v for k, v in asdict(scored["new"]).items()},
-        }
-        columns = {"prompt": [s.messages[-1].content for s in shown], "answer": [a.text for a in answers["new"]]}
-        columns |= {name: [a.text for a in answers[name]] for name in ("champion", "base") if name in answers}
-        run.table(columns | {"reference": [s.answer for s in shown], "article": [s.document for s in shown]}, "eval_samples.json")
-        rivals = {
-            name: {"eval/loss": loss[name], **{f"eval/{k}": v for k, v in asdict(scored[name]).items()}} for name in candidates if name != "new"
-        }
-        return metrics, rivals
+        candidates = {NEW: read_adapter(made.folder, self.base), BASE: None}
+        if in_force:
+            candidates["champion"] = read_adapter(in_force, self.base)
+        return judge(
+            self.base,
+            dataset.validation,
+            candidates,
+            persona=persona.id,
+            manner=persona.manner,
+            max_tokens=self.config.training.max_tokens,
+            answer_tokens=self.config.generation.max_tokens,
+            shown=SHOWN,
+            seed=self.config.training.seed,
+        )
 
     def folder_in_force(self, persona: str) -> Path | None:
         """The adapter that serving would use: the registry's champion, else the one that ships; None where neither fits this base."""
@@ -230,15 +235,37 @@ class Retraining:
         run.text((dataset.folder / "manifest.json").read_text(encoding="utf-8"), "dataset/manifest.json")
 
     def _register(self, run: Any, model: str, folder: Path, outcome: Outcome, tags: Mapping[str, str]) -> None:
-        description = "Failed gates: " + "; ".join(outcome.faults) if outcome.faults else "Passed every gate."
+        description = FAILED + "; ".join(outcome.faults) if outcome.faults else "Passed every gate."
         outcome.version = self.tracker.register(run, model, folder, metrics=outcome.metrics, description=description, tags=tags)
         run.tag("version", outcome.version)
 
-    def _promote(self, model: str, outcome: Outcome, wanted: bool) -> None:
+    def _promote(self, name: str, outcome: Outcome, wanted: bool) -> None:
         """Last of all, so that a version in force is one whose run is whole."""
-        if wanted and not outcome.faults:
-            self.tracker.promote(model, outcome.version, self.registry.aliases(model).get(CHAMPION))
-            outcome.promoted = True
+        if not wanted or outcome.faults:
+            return
+        try:
+            moved = Promoter(self.config, self.server).promote(name, outcome.version)
+        except DeskrouteError as e:
+            outcome.faults.append(e.message)
+        else:
+            outcome.promoted, outcome.live = True, moved.live
+
+
+@contextlib.contextmanager
+def _alone(work: Path, name: str) -> Iterator[None]:
+    """Only one process at a time works in a folder; the system frees the lock when that process ends, however it ends."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise WorkError(f"another `deskroute retrain {name}` is running on this state folder; wait for it, or stop it") from None
+        yield
+
+
+def _place(work: Path) -> str:
+    """A name for a folder of this machine, for a registry that many machines share."""
+    return hashlib.sha256(f"{socket.gethostname()}:{work.absolute()}".encode()).hexdigest()[:16]
 
 
 def export(folder: Path, out: Path) -> None:

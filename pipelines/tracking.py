@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from persona_models.errors import RegistryError, WorkError
-from persona_models.registry import CHALLENGER, CHAMPION, DIGEST_TAG, PREVIOUS, folder_digest
+from persona_models.registry import CHALLENGER, CHAMPION, DIGEST_TAG, PREVIOUS, TRIAL_TAG, folder_digest
 
+# What a run works on; see Tracker.run. And where MLflow's UI looks for tables.
+WORK_TAG, TABLES_TAG = "deskroute.work", "mlflow.loggedArtifacts"
 PERSONA_EXPERIMENT = "deskroute-personas"
 ROUTER_EXPERIMENT = "deskroute-router-training"
 NOTES = {
@@ -38,9 +42,12 @@ class Tracker:
             raise WorkError("MLflow is not installed in this environment; install deskroute with pip, or run `make serve` once")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         import mlflow
         from mlflow import MlflowClient
 
+        # It tells of its tables when a store is made.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         self.uri = uri
         self._artifacts = artifacts
         self._mlflow = mlflow
@@ -62,13 +69,37 @@ class Tracker:
             raise RegistryError(f"MLflow at {self.uri} cannot be used: {str(e).strip().splitlines()[0]}") from None
 
     @contextlib.contextmanager
-    def run(self, experiment: str, name: str, *, tags: Mapping[str, str], params: Mapping[str, Any], description: str = "") -> Iterator[Run]:
-        """A run that ends FINISHED, or FAILED when the block raises."""
+    def run(
+        self,
+        experiment: str,
+        name: str,
+        *,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+        description: str = "",
+        work: str | None = None,
+    ) -> Iterator[Run]:
+        """A run that ends FINISHED, or FAILED when the block raises.
+
+        work: what the run works on, where only one process does at a time. A run that is still RUNNING for it is one whose process was killed: it is
+        taken up again where its parameters are the same, so that nothing is there twice, and ended as KILLED where they are others.
+        """
         experiment_id = self.experiment(experiment)
         whole = {**tags, "mlflow.note.content": description}
-        run = self.client.create_run(experiment_id, run_name=name, tags=whole)
-        handle = Run(self, run.info.run_id, experiment_id)
-        handle.params(params)
+        wanted = {k: str(v)[:500] for k, v in params.items() if v is not None}
+        run = None
+        if work:
+            whole[WORK_TAG] = work
+            for left in self.client.search_runs([experiment_id], f"tags.`{WORK_TAG}` = '{work}' and attributes.status = 'RUNNING'"):
+                # One that was killed before its parameters were written has none yet.
+                if run is None and left.data.params.items() <= wanted.items():
+                    run = left
+                else:
+                    self.client.set_terminated(left.info.run_id, "KILLED")
+        if run is None:
+            run = self.client.create_run(experiment_id, run_name=name, tags=whole)
+        handle = Run(self, run.info.run_id, experiment_id, run.info.start_time)
+        handle.params(wanted)
         try:
             yield handle
         except BaseException:
@@ -77,34 +108,57 @@ class Tracker:
         self.client.set_terminated(handle.id, "FINISHED")
 
     def register(self, run: Run, model: str, folder: Path, *, metrics: Mapping[str, float], description: str, tags: Mapping[str, str]) -> str:
-        """Log a folder as a raw model of the run, register it, and point the alias `challenger` at it. Returns the version."""
-        logged = self.client.create_logged_model(run.experiment_id, name=model, source_run_id=run.id, model_type="adapter", tags=dict(tags))
-        self.client.log_model_artifacts(logged.model_id, str(folder))
-        self.client.finalize_logged_model(logged.model_id, "READY")
-        stamp = int(time.time() * 1000)
-        entity = self._mlflow.entities
-        values = [entity.Metric(k, float(v), stamp, 0, model_id=logged.model_id, run_id=run.id) for k, v in metrics.items()]
-        self.client.log_batch(run.id, metrics=values)
+        """Log a folder as a raw model of the run, register it, and point the alias `challenger` at it. Returns the version.
+
+        What a killed process had done of it already is used, or taken away where it is half done.
+        """
+        digest = folder_digest(folder)
         with contextlib.suppress(self._mlflow.exceptions.MlflowException):
             self.client.create_registered_model(model, description=f"Deskroute: {model}. Serving reads the alias {CHAMPION}.")
-        made = self.client.create_model_version(
+        of_run = [v for v in self.client.search_model_versions(f"name = '{model}'") if v.run_id == run.id]
+        made = [v for v in of_run if v.tags.get(DIGEST_TAG) == digest]
+        in_force = self._aliases(model).values()
+        for v in of_run:
+            if v not in made and (str(v.version) not in in_force or self._aliases(model).get(CHALLENGER) == str(v.version)):
+                self.client.delete_model_version(model, v.version)
+        logged = self._logged_before(run, digest)
+        if logged is None:
+            logged = self.client.create_logged_model(
+                run.experiment_id, name=model, source_run_id=run.id, model_type="adapter", tags={**tags, DIGEST_TAG: digest}
+            )
+            self.client.log_model_artifacts(logged.model_id, str(folder))
+            logged = self.client.finalize_logged_model(logged.model_id, "READY")
+        entity = self._mlflow.entities
+        values = [entity.Metric(k, float(v), run.start_ms, 0, model_id=logged.model_id, run_id=run.id) for k, v in metrics.items()]
+        self.client.log_batch(run.id, metrics=values)
+        version = made[0] if made else self.client.create_model_version(
             model,
             logged.artifact_location,
             run_id=run.id,
             model_id=logged.model_id,
             description=description,
-            tags={**tags, DIGEST_TAG: folder_digest(folder)},
-        )
-        version = str(made.version)
-        self.client.set_registered_model_alias(model, CHALLENGER, version)
-        return version
+            tags={**tags, DIGEST_TAG: digest},
+        )  # fmt: skip
+        if self._aliases(model).get(CHAMPION) != str(version.version):
+            self.client.set_registered_model_alias(model, CHALLENGER, version.version)
+        return str(version.version)
+
+    def _logged_before(self, run: Run, digest: str) -> Any:
+        """The run's logged model of this digest, if it is whole; others of the run are deleted."""
+        whole = None
+        for found in self.client.search_logged_models([run.experiment_id], f"source_run_id = '{run.id}'"):
+            if str(getattr(found.status, "value", found.status)) == "READY" and found.tags.get(DIGEST_TAG) == digest and whole is None:
+                whole = found
+            else:
+                self.client.delete_logged_model(found.model_id)
+        return whole
 
     def promote(self, model: str, version: str, champion: str | None) -> None:
         """Make `version` the champion; the champion until now becomes `previous`."""
         if champion and champion != version:
             self.client.set_registered_model_alias(model, PREVIOUS, champion)
         self.client.set_registered_model_alias(model, CHAMPION, version)
-        if self._alias(model, CHALLENGER) == version:
+        if self._aliases(model).get(CHALLENGER) == version:
             self.client.delete_registered_model_alias(model, CHALLENGER)
 
     def roll_back(self, model: str, champion: str, previous: str | None) -> None:
@@ -114,21 +168,45 @@ class Tracker:
             self.client.delete_registered_model_alias(model, PREVIOUS)
         else:
             self.client.delete_registered_model_alias(model, CHAMPION)
-        self.client.set_model_version_tag(model, champion, "deskroute.rolled_back", time.strftime("%Y-%m-%d %H:%M:%S"))
+        self.tag_version(model, champion, "deskroute.rolled_back", time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    def begin_trial(self, model: str, version: str, how: str) -> None:
+        """Make `version` the challenger and say how it is tried; the tag comes last, so that a trial is never of the wrong version."""
+        self.end_trial(model)
+        self.client.set_registered_model_alias(model, CHALLENGER, version)
+        self.client.set_registered_model_tag(model, TRIAL_TAG, how)
+
+    def end_trial(self, model: str) -> None:
+        if TRIAL_TAG in self.client.get_registered_model(model).tags:
+            self.client.delete_registered_model_tag(model, TRIAL_TAG)
+
+    def restore(self, model: str, aliases: Mapping[str, str], trial: str | None) -> None:
+        """Put a model's aliases and trial back to what they were."""
+        now = self._aliases(model)
+        for alias in (PREVIOUS, CHALLENGER, CHAMPION):
+            if alias in aliases and now.get(alias) != aliases[alias]:
+                self.client.set_registered_model_alias(model, alias, aliases[alias])
+            elif alias in now and alias not in aliases:
+                self.client.delete_registered_model_alias(model, alias)
+        self.end_trial(model)
+        if trial:
+            self.client.set_registered_model_tag(model, TRIAL_TAG, trial)
+
+    def tag_version(self, model: str, version: str, key: str, value: str) -> None:
+        self.client.set_model_version_tag(model, version, key, value)
 
     def annotate(self, model: str, version: str, description: str) -> None:
         self.client.update_model_version(model, version, description=description)
 
-    def _alias(self, model: str, alias: str) -> str | None:
-        found = self.client.get_registered_model(model).aliases.get(alias)
-        return str(found) if found else None
+    def _aliases(self, model: str) -> dict[str, str]:
+        return {k: str(v) for k, v in self.client.get_registered_model(model).aliases.items()}
 
 
 class Run:
     """One run being written."""
 
-    def __init__(self, tracker: Tracker, run_id: str, experiment_id: str) -> None:
-        self.tracker, self.id, self.experiment_id = tracker, run_id, experiment_id
+    def __init__(self, tracker: Tracker, run_id: str, experiment_id: str, start_ms: int) -> None:
+        self.tracker, self.id, self.experiment_id, self.start_ms = tracker, run_id, experiment_id, start_ms
 
     def params(self, params: Mapping[str, Any]) -> None:
         entity = self.tracker._mlflow.entities
@@ -138,10 +216,14 @@ class Run:
         """Metrics with one value each."""
         self.series({k: [v] for k, v in metrics.items()})
 
-    def series(self, series: Mapping[str, Sequence[float]], *, first_step: int = 0) -> None:
-        """Metrics by step."""
-        entity, stamp = self.tracker._mlflow.entities, int(time.time() * 1000)
-        points = [entity.Metric(k, float(v), stamp, first_step + i) for k, values in series.items() for i, v in enumerate(values)]
+    def series(self, series: Mapping[str, Sequence[float]], *, first_step: int = 0, every: int = 1) -> None:
+        """Metrics by step. Their times follow from the run's start, so that a run that is taken up again logs no point twice."""
+        entity = self.tracker._mlflow.entities
+        points = [
+            entity.Metric(k, float(v), self.start_ms + first_step + i, first_step + i * every)
+            for k, values in series.items()
+            for i, v in enumerate(values)
+        ]
         for i in range(0, len(points), 1000):
             self.tracker.client.log_batch(self.id, metrics=points[i : i + 1000])
 
@@ -157,7 +239,13 @@ class Run:
         self.tracker.client.log_inputs(self.id, [DatasetInput(data._to_mlflow_entity(), [tag])])
 
     def table(self, columns: Mapping[str, Sequence[Any]], file: str) -> None:
-        self.tracker.client.log_table(self.id, {k: list(v) for k, v in columns.items()}, file)
+        """A table, as the UI's table view reads it. MLflow's own log_table would append to what a killed process had written."""
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.text(json.dumps({"columns": list(columns), "data": rows}, ensure_ascii=False), file)
+        known = json.loads(self.tracker.client.get_run(self.id).data.tags.get(TABLES_TAG, "[]"))
+        entry = {"path": file, "type": "table"}
+        if entry not in known:
+            self.tag(TABLES_TAG, json.dumps([*known, entry]))
 
     def figure(self, figure: Any, file: str) -> None:
         self.tracker.client.log_figure(self.id, figure, file)

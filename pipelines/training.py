@@ -9,13 +9,13 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -46,6 +46,8 @@ class LoopSettings:
     clip_norm: float = 1.0
     save_every_steps: int = 100
     seed: int = 0
+    patience: int = 0  # looks at the watched examples without a better loss before training stops; 0 never stops early
+    watch_every_steps: int = 20
 
 
 @dataclass
@@ -56,6 +58,12 @@ class History:
     tokens: int = 0
     seconds: float = 0.0
     resumed_at: int | None = None
+    watched: list[float] = field(default_factory=list)  # loss of the watched examples at each look
+
+    @property
+    def best_look(self) -> int | None:
+        """The look with the lowest loss, the first of several."""
+        return min(range(len(self.watched)), key=lambda i: self.watched[i]) if self.watched else None
 
 
 def rate_at(step: int, steps: int, settings: LoopSettings) -> float:
@@ -107,16 +115,26 @@ def trains_in_bf16(device: torch.device) -> bool:
 
 
 @torch.inference_mode()
+def losses_by_example(model: Any, examples: Sequence[Encoded], pad_id: int, *, rows: int = 16) -> tuple[list[float], list[int]]:
+    """(summed loss in nats, labelled tokens) of every example, in order."""
+    model.eval()
+    sums, counts = [0.0] * len(examples), [0] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    for at in range(0, len(order), rows):
+        part = order[at : at + rows]
+        ids, labels = pad([examples[i] for i in part], pad_id, model.device)
+        flat = token_loss(model, ids, labels, reduction="none")
+        tokens = (labels[:, 1:] != -100).sum(1).tolist()
+        # The losses of a batch lie row by row.
+        for i, losses in zip(part, flat.split(tokens), strict=True):
+            sums[i], counts[i] = float(losses.sum()), len(losses)
+    return sums, counts
+
+
 def mean_loss(model: Any, examples: Sequence[Encoded], pad_id: int, *, rows: int = 16) -> float:
     """Mean loss over all labelled tokens of the examples, nats a token."""
-    model.eval()
-    total, count = 0.0, 0
-    order = sorted(examples, key=lambda e: len(e[0]))
-    for i in range(0, len(order), rows):
-        ids, labels = pad(order[i : i + rows], pad_id, model.device)
-        total += float(token_loss(model, ids, labels, reduction="sum"))
-        count += int((labels[:, 1:] != -100).sum())
-    return total / max(1, count)
+    sums, counts = losses_by_example(model, examples, pad_id, rows=rows)
+    return sum(sums) / max(1, sum(counts))
 
 
 def train(
@@ -129,8 +147,12 @@ def train(
     identity: dict[str, Any],
     title: str,
     on_step: Callable[[int, float], None] | None = None,
+    watch: Sequence[Encoded] = (),
 ) -> History:
     """Train the parameters of `model` that require gradients, in place.
+
+    watch: examples to look at every `settings.watch_every_steps`; the parameters end as they were at the best look, and training stops after
+    `settings.patience` looks that were no better.
 
     checkpoint: a file; a run of the same `identity` (settings, data digest) that was cut off goes on from it. A checkpoint of another identity is
     refused with WorkError, since mixing two runs would be neither.
@@ -146,10 +168,12 @@ def train(
     )
     whole = {**identity, "loop": asdict(settings), "steps": batches.steps}
     history = History()
+    best: dict[str, Tensor] = {}
     start = 0
     if checkpoint.exists():
-        start = _restore(checkpoint, params, optimizer, history, whole)
+        start = _restore(checkpoint, params, optimizer, history, whole, best)
         history.resumed_at = start
+    watching = bool(watch) and settings.patience > 0
     model.train()
     half = trains_in_bf16(model.device)
     with tqdm(total=batches.steps, initial=start, desc=title, unit="step", dynamic_ncols=True) as bar:
@@ -174,19 +198,42 @@ def train(
             recent = history.losses[-20:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
             bar.update()
-            if (step + 1) % settings.save_every_steps == 0 and step + 1 < batches.steps:
+            done = step + 1 == batches.steps
+            if watching and (done or (step + 1) % settings.watch_every_steps == 0):
+                history.watched.append(mean_loss(model, watch, pad_id))
+                model.train()
+                look = len(history.watched) - 1
+                if history.best_look == look:
+                    best = {n: p.detach().clone() for n, p in params.items()}
+                done = done or look - (history.best_look or 0) >= settings.patience
+            if done:
+                break
+            if (step + 1) % settings.save_every_steps == 0:
                 spent = replace(history, seconds=history.seconds + bar.format_dict["elapsed"])
-                _save(checkpoint, step + 1, params, optimizer, spent, whole)
+                _save(checkpoint, step + 1, params, optimizer, spent, whole, best)
         history.seconds += bar.format_dict["elapsed"]
+    with torch.no_grad():
+        for name, value in best.items():
+            params[name].copy_(value)
     model.eval()
     return history
 
 
-def _save(path: Path, step: int, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, history: History, identity: dict[str, Any]) -> None:
-    tensors = {f"param/{n}": p.detach().contiguous() for n, p in params.items()}
+def _save(
+    path: Path,
+    step: int,
+    params: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    identity: dict[str, Any],
+    best: Mapping[str, Tensor],
+) -> None:
+    tensors = {f"param/{n}": p.detach().contiguous() for n, p in params.items()} | {f"best/{n}": p.contiguous() for n, p in best.items()}
     for name, p in params.items():
-        state = optimizer.state[p]
-        tensors |= {f"m/{name}": state["exp_avg"], f"v/{name}": state["exp_avg_sq"]}
+        # A parameter that no step has reached has no moments yet.
+        if state := optimizer.state.get(p):
+            tensors |= {f"m/{name}": state["exp_avg"], f"v/{name}": state["exp_avg_sq"]}
+    tensors["watched"] = torch.tensor(history.watched, dtype=torch.float64)
     tensors["losses"] = torch.tensor(history.losses, dtype=torch.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -195,25 +242,43 @@ def _save(path: Path, step: int, params: dict[str, Tensor], optimizer: torch.opt
     partial.replace(path)
 
 
-def _restore(path: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, history: History, identity: dict[str, Any]) -> int:
+def _restore(
+    path: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, history: History, identity: dict[str, Any], best: dict[str, Tensor]
+) -> int:
     with safe_open(path, "pt", device="cpu") as f:
         meta = f.metadata()
         if meta["identity"] != _text(identity):
             raise WorkError(f"{path} belongs to a run with other settings or data; delete it to start anew")
         step = int(meta["step"])
+        held = set(f.keys())
         with torch.no_grad():
             for name, p in params.items():
                 p.copy_(f.get_tensor(f"param/{name}"))
+                if f"best/{name}" in held:
+                    best[name] = f.get_tensor(f"best/{name}").to(p.device)
+                if f"m/{name}" not in held:
+                    continue
                 # A fused AdamW keeps its step count beside the parameter.
                 optimizer.state[p] = {
                     "step": torch.tensor(float(step), device=p.device),
                     "exp_avg": f.get_tensor(f"m/{name}").to(p.device),
                     "exp_avg_sq": f.get_tensor(f"v/{name}").to(p.device),
                 }
+        history.watched = f.get_tensor("watched").tolist()
         history.losses = f.get_tensor("losses").tolist()
         history.tokens = int(meta["tokens"])
     history.seconds = float(meta.get("seconds", 0.0))
     return step
+
+
+def belongs(checkpoint: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of a run with this identity, whatever its loop's settings."""
+    try:
+        with safe_open(checkpoint, "pt", device="cpu") as f:
+            found = json.loads(f.metadata()["identity"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return False
+    return all(found.get(k) == json.loads(json.dumps(v, default=str)) for k, v in identity.items())
 
 
 def _text(identity: dict[str, Any]) -> str:

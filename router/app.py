@@ -6,7 +6,9 @@ HTTP -> Ingress (router, knowledge, feedback; one hop)  ->  a PersonaPool per `p
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -17,14 +19,18 @@ from ray.serve.handle import DeploymentHandle
 
 from persona_models.deployment import PersonaPool, replica_threads
 from persona_models.errors import DeskrouteError, NotReadyError, QueueFullError
-from persona_models.protocol import BASE, EngineStatus, GenerateRequest, TokenEvent
+from persona_models.lineup import Ack, Lineup, Pinned
+from persona_models.protocol import BASE, BUILTIN, EngineStatus, GenerateRequest, TokenEvent
 from router.config import Config, Pool
 from router.desk import Desk
 from router.feedback import FeedbackStore
 from router.ingress import create_app
-from router.loading import load_classifier, load_knowledge
+from router.live import Live
+from router.loading import lineup_in_force, router_in_force
 
-APP_NAME = "deskroute"
+APP_NAME, INGRESS = "deskroute", "ingress"
+# How long a reload waits for replicas that are being started; loading an adapter takes far less.
+EVERY_REPLICA_S = 60.0
 # An answer whose replica dies before its first token is asked for again, this often.
 RETRIES = 2
 # How long running answers may take to finish once the server is told to stop.
@@ -36,20 +42,22 @@ def build(config: Config | Mapping[str, Any]) -> serve.Application:
     if not isinstance(config, Config):
         config = Config.model_validate(dict(config))
     total = sum(pool.replicas for pool in config.pools)
-    pools = {pool.name: _pool(config, pool, total) for pool in config.pools}
+    # Replicas that Serve restarts later come up on what this server has in force, not on what the registry says by then.
+    since_ms = time.time_ns() // 1_000_000
+    pools = {pool.name: _pool(config, pool, total, since_ms) for pool in config.pools}
     ingress = serve.deployment(
         Ingress,
-        name="ingress",
+        name=INGRESS,
         num_replicas=config.http.replicas,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=0.5,
     )
-    return ingress.bind(config, pools)
+    return ingress.bind(config, pools, since_ms)
 
 
-def _pool(config: Config, pool: Pool, total_replicas: int) -> serve.Application:
+def _pool(config: Config, pool: Pool, total_replicas: int, since_ms: int) -> serve.Application:
     gpus: float = 0.0 if pool.gpus == "auto" else pool.gpus
     if pool.gpus == "auto":
         # Fewer GPUs than replicas are shared out, so that every replica can be placed.
@@ -78,7 +86,8 @@ def _pool(config: Config, pool: Pool, total_replicas: int) -> serve.Application:
         gpu=gpus > 0,
         merge=pool.merge,
         registry_uri=config.registry_uri,
-        cache=config.state / "cache",
+        state=config.state,
+        since_ms=since_ms,
     )
 
 
@@ -128,11 +137,65 @@ class RemotePool:
         """The replica belongs to Serve."""
 
 
+class RayFleet:
+    """The Fleet of `router/live.py`: every replica of every deployment, reached by broadcast."""
+
+    def __init__(self, pools: Mapping[str, DeploymentHandle]) -> None:
+        self._pools = pools
+
+    async def hold(self, lineup: Lineup) -> list[Ack]:
+        """See Fleet.hold."""
+        return await self._every_pool("hold", lineup)
+
+    async def settle(self, lineup: Lineup) -> list[Ack]:
+        """See Fleet.settle."""
+        return await self._every_pool("settle", lineup)
+
+    async def tell(self, lineup: Lineup) -> int:
+        """See Fleet.tell."""
+        return len(await self._all(INGRESS, serve.get_deployment_handle(INGRESS, APP_NAME), "adopt", lineup))
+
+    async def _every_pool(self, method: str, lineup: Lineup) -> list[Ack]:
+        found = await asyncio.gather(*(self._all(f"pool-{name}", handle, method, lineup) for name, handle in self._pools.items()))
+        return [ack for acks in found for ack in acks]
+
+    async def _all(self, name: str, handle: DeploymentHandle, method: str, lineup: Lineup) -> list[Any]:
+        """One reply of every replica of a deployment; waits for those that are being started or replaced."""
+        deadline = time.monotonic() + EVERY_REPLICA_S
+        fault = "it is not running"
+        while time.monotonic() < deadline:
+            wanted, running = await asyncio.to_thread(_replicas, name)
+            if wanted and running == wanted:
+                try:
+                    replies = await handle.broadcast(method, lineup).results_async(timeout_s=EVERY_REPLICA_S, return_exceptions=True)
+                except (RayError, RayServeException, TimeoutError) as e:
+                    fault = f"{type(e).__name__}: {e}"
+                else:
+                    failed = [r for r in replies if isinstance(r, BaseException)]
+                    # A replica may have died unnoticed, or come up only now: then its replacement is asked with the others.
+                    if not failed and len(replies) == wanted:
+                        return replies
+                    fault = str(failed[0]).strip().splitlines()[-1] if failed else f"{len(replies)} of its {wanted} replicas answered"
+            else:
+                fault = f"{running} of its {wanted} replicas are running"
+            await asyncio.sleep(0.3)
+        raise NotReadyError(f"{name} could not be told of new versions: {fault}")
+
+
+def _replicas(name: str) -> tuple[int, int]:
+    """(replicas that a deployment has or should have, those that run)."""
+    status = serve.status().applications.get(APP_NAME)
+    found = status.deployments.get(name) if status else None
+    states = dict(found.replica_states) if found else {}
+    live = {str(getattr(k, "value", k)): n for k, n in states.items() if str(getattr(k, "value", k)) != "STOPPING"}
+    return sum(live.values()), live.get("RUNNING", 0)
+
+
 @serve.ingress()
 class Ingress:
     """The front door's replica: loads router and knowledge, then serves the FastAPI app of `router/ingress.py`."""
 
-    def __init__(self, config: Config, pools: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(self, config: Config, pools: Mapping[str, DeploymentHandle], since_ms: int) -> None:
         self._pools = {name: RemotePool(name, handle) for name, handle in pools.items()}
         engines: dict[str, RemotePool] = {}
         for pool in config.pools:
@@ -141,10 +204,19 @@ class Ingress:
             if not pool.merge:
                 engines.setdefault(BASE, self._pools[pool.name])
         store = FeedbackStore(config.feedback_url, remember=config.feedback.remember, keep_text=config.feedback.keep_text != "never")
-        self._desk = Desk(config, load_classifier(config), load_knowledge(config), engines, store)
+        lineup = lineup_in_force(config, since_ms=since_ms)
+        classifier, knowledge = router_in_force(config, lineup)
+        if config.router == BUILTIN and classifier.version == BUILTIN:
+            lineup = replace(lineup, router=Pinned())
+        self._desk = Desk(config, classifier, knowledge, engines, store)
+        self._live = Live(config, self._desk, RayFleet(pools), lineup)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self._desk, self._status)
+        return create_app(self._desk, self._status, self._live)
+
+    async def adopt(self, lineup: Lineup) -> None:
+        """See Live.adopt; one front door takes up a reload and tells the others."""
+        await self._live.adopt(lineup)
 
     async def _status(self) -> dict[str, EngineStatus]:
         found = await asyncio.gather(*(p.remote_status() for p in self._pools.values()))

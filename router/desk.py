@@ -6,13 +6,16 @@ Knows nothing of HTTP, Ray or torch: the engines are whatever implements the Eng
 from __future__ import annotations
 
 import asyncio
+import difflib
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from persona_models.errors import NotReadyError
+from persona_models.errors import DeskrouteError, NotReadyError
+from persona_models.lineup import Lineup
 from persona_models.protocol import BASE, Engine, GenerateRequest, Message, TokenEvent
 from router.article import fill, handover_document
 from router.classifier import PersonaClassifier
@@ -24,6 +27,8 @@ from router.policy import Route, decide
 from router.schema import ChatRequest, DeskrouteBlock, FeedbackRequest, ReasonBlock, RouteInput, SegmentBlock, SourceBlock, parse_model
 from router.telemetry import Telemetry, log, new_request_id
 
+# Answers of a challenger in the shadow that are made at the same time; beyond that people come first.
+SHADOWS_AT_ONCE = 2
 DECLINED = (
     "I am the IT service desk and can only help with IT matters: sign-in, devices, programs, networks, access. "
     "If this is about IT, say in a sentence what does not work; people are on {desk_phone}."
@@ -39,6 +44,7 @@ class Plan:
     block: DeskrouteBlock
     document: str
     gate: dict[str, float]
+    versions: dict[str, str]
 
 
 class Desk:
@@ -55,13 +61,24 @@ class Desk:
     ) -> None:
         self.config = config
         self.personas = tuple(p.id for p in config.catalogue())
-        self.classifier, self.knowledge, self.engines, self.store = classifier, knowledge, engines, store
+        self.engines, self.store = engines, store
         self.telemetry = telemetry or Telemetry()
-        self.values = {**knowledge.values, **config.desk.values()}
+        self.take_up(classifier, knowledge)
+        # The versions to ask for; None leaves them to the engines.
+        self.lineup: Lineup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._shadowing = 0
+
+    def take_up(self, classifier: PersonaClassifier, knowledge: KnowledgeBase) -> None:
+        """Route by another classifier and other articles from the next request on."""
+        self.classifier, self.knowledge = classifier, knowledge
+        self.values = {**knowledge.values, **self.config.desk.values()}
 
     # -- routing ----------------------------------------------------------------------------------------------------------------------------
 
-    def plan(self, messages: Sequence[Message], profile: Profile, model: str | None = None, request_id: str | None = None) -> Plan:
+    def plan(
+        self, messages: Sequence[Message], profile: Profile, model: str | None = None, request_id: str | None = None, user: str | None = None
+    ) -> Plan:
         """Decide on a request without answering it. `model` as parse_model gives it."""
         began = time.perf_counter()
         query = query_of(messages, profile)
@@ -91,8 +108,13 @@ class Desk:
             versions={},
             router_version=self.classifier.version,
         )
+        versions = {}
+        if self.lineup:
+            # Somebody who does not say who they are keeps their version for as long as their conversation begins with the same words.
+            whose = user or next(m.content for m in messages if m.role == "user")
+            versions = {p: self.lineup.version_for(p, whose) for p in gate}
         self.telemetry.route_s.observe(time.perf_counter() - began)
-        return Plan(request_id, route, block, document, gate)
+        return Plan(request_id, route, block, document, gate, versions)
 
     def plan_input(self, item: RouteInput) -> DeskrouteBlock:
         """The block for one input of a batch."""
@@ -115,7 +137,7 @@ class Desk:
     async def begin(self, request: ChatRequest) -> Plan:
         """Parse and route a chat request. Raises UnknownModelError, InputError."""
         profile = Profile.from_metadata(request.metadata)
-        return self.plan(request.turns(), profile, parse_model(request.model, self.personas))
+        return self.plan(request.turns(), profile, parse_model(request.model, self.personas), user=request.user)
 
     async def answer(self, request: ChatRequest, plan: Plan) -> AsyncGenerator[TokenEvent]:
         """The events of an answer; the finished text waits in memory for a rating."""
@@ -123,6 +145,7 @@ class Desk:
         label = plan.route.persona or plan.route.decision
         events = self._declined() if plan.route.decision == "decline" else self._generated(request, plan)
         said: list[str] = []
+        last: TokenEvent | None = None
         self.telemetry.active.inc()
         try:
             async for event in events:
@@ -130,13 +153,17 @@ class Desk:
                     await self._record(request, plan, event)
                     self.telemetry.first_token_s.labels(label).observe(time.perf_counter() - began)
                 said.append(event.text)
+                last = event
                 yield event
                 if event.finish_reason:
                     self.telemetry.tokens.labels(label).inc(event.completion_tokens)
                     self.telemetry.answer_s.labels(label).observe(time.perf_counter() - began)
                     self.store.remember(plan.request_id, request.turns(), "".join(said))
+                    self._shadow(request, plan, "".join(said))
         finally:
             self.telemetry.active.dec()
+            if last:
+                self._keep(asyncio.to_thread(self._record_end, plan.request_id, last, time.perf_counter() - began))
             await events.aclose()
 
     async def _record(self, request: ChatRequest, plan: Plan, event: TokenEvent) -> None:
@@ -146,6 +173,53 @@ class Desk:
             await asyncio.to_thread(self.store.add_route, block, user=request.user, profile=_known(request.metadata))
         except SQLAlchemyError as e:
             log.error("request %s is not recorded: %s", plan.request_id, type(e).__name__)
+
+    def _record_end(self, request_id: str, last: TokenEvent, seconds: float) -> None:
+        for persona, version in last.versions.items():
+            self.telemetry.answers.labels(persona, version, last.finish_reason or "broken off").inc()
+        try:
+            self.store.add_answer(request_id, finish_reason=last.finish_reason, tokens=last.completion_tokens, seconds=seconds)
+        except SQLAlchemyError as e:
+            log.error("the end of request %s is not recorded: %s", request_id, type(e).__name__)
+
+    def _shadow(self, request: ChatRequest, plan: Plan, said: str) -> None:
+        """Have a challenger in the shadow answer as well, after the person has got their answer and while few others wait."""
+        trials = self.lineup.trials if self.lineup else {}
+        persona = plan.route.persona
+        trial = trials.get(persona or "")
+        if persona and trial and trial.shadow and list(plan.gate) == [persona]:
+            if self._shadowing >= SHADOWS_AT_ONCE:
+                self.telemetry.shadows_skipped.inc()
+                return
+            self._keep(self._answer_in_the_shadow(request, plan, persona, trial.pinned.version, said))
+
+    async def _answer_in_the_shadow(self, request: ChatRequest, plan: Plan, persona: str, version: str, said: str) -> None:
+        began = time.perf_counter()
+        text, last = "", None
+        self._shadowing += 1
+        try:
+            async for last in self._generated(request, replace(plan, versions={persona: version})):
+                text += last.text
+            if last is None or last.versions.get(persona) != version:
+                return
+            facts: dict[str, Any] = {
+                "champion": plan.versions[persona],
+                "challenger": version,
+                "finish_reason": last.finish_reason,
+                "tokens": last.completion_tokens,
+            }
+            facts |= {"seconds": time.perf_counter() - began, "likeness": difflib.SequenceMatcher(None, said.split(), text.split()).ratio()}
+            await asyncio.to_thread(self.store.add_shadow, plan.request_id, persona, texts=(said, text), **facts)
+        except (DeskrouteError, SQLAlchemyError) as e:
+            log.warning("request %s has no shadow answer: %s", plan.request_id, type(e).__name__)
+        finally:
+            self._shadowing -= 1
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the answers; the loop itself keeps only weak references to its tasks."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _generated(self, request: ChatRequest, plan: Plan) -> AsyncGenerator[TokenEvent]:
         defaults = self.config.generation
@@ -164,6 +238,8 @@ class Desk:
             min_tokens=request.min_tokens or 0,
             logit_bias=request.logit_bias or {},
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            versions=plan.versions,
+            lineup_ms=self.lineup.read_ms if self.lineup else 0,
         )
         if lead not in self.engines:
             raise NotReadyError(f"no pool serves {lead!r} yet; try again shortly")

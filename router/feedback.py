@@ -1,6 +1,7 @@
 """The feedback store: every route without its text, and every rating with it.
 
-The text of a request waits in memory; only a rating of it writes it down, so that what nobody rated never reaches the disk. SQLite by default,
+The text of a request waits in memory; only a rating of it writes it down, so that what nobody rated never reaches the disk. While a challenger runs
+in the shadow, both answers to a request are written down, redacted; `feedback.keep_text: never` keeps them out too. SQLite by default,
 Postgres by URL. Knows nothing of HTTP.
 """
 
@@ -21,6 +22,7 @@ from sqlalchemy.pool import StaticPool
 
 from persona_models.errors import ConfigError, UnknownRequestError, WorkError
 from persona_models.protocol import Message
+from router.redaction import redact
 from router.schema import DeskrouteBlock
 
 SCHEMA_VERSION = 1
@@ -58,6 +60,56 @@ _ratings = Table(
     Column("messages", JSON),
     Column("answer", Text),
 )
+# How an answer went; its route is in `routes`.
+_answers = Table(
+    "answers",
+    _meta,
+    Column("request_id", String(100), primary_key=True),
+    Column("finish_reason", String(20)),
+    Column("tokens", Integer, nullable=False),
+    Column("seconds", Float, nullable=False),
+)
+# What a challenger would have said, beside what the champion did say.
+_shadows = Table(
+    "shadows",
+    _meta,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("request_id", String(100), nullable=False, index=True),
+    Column("created", DateTime(timezone=True), nullable=False),
+    Column("persona", String(100), nullable=False, index=True),
+    Column("champion", String(100), nullable=False),
+    Column("challenger", String(100), nullable=False),
+    Column("finish_reason", String(20)),
+    Column("tokens", Integer, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("likeness", Float, nullable=False),
+    Column("champion_answer", Text),
+    Column("challenger_answer", Text),
+)
+
+
+@dataclass
+class VersionResults:
+    """How a version's answers fared: shares in 0..1 of its answers. likeness: of its shadow answers to the champion's, None where there are none."""
+
+    version: str
+    answers: int = 0
+    up: int = 0
+    down: int = 0
+    ended: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    shadows: int = 0
+    likeness: float | None = None
+
+    def __str__(self) -> str:
+        n = max(1, self.answers)
+        said = f"version {self.version}: {self.answers} answers, {self.up} liked, {self.down} disliked"
+        if self.answers:
+            said += f", {self.ended / n:.0%} ended by themselves, {self.tokens / n:.0f} tokens each, {1000 * self.seconds / max(1, self.tokens):.1f} ms a token"
+        if self.shadows:
+            said += f"; {self.shadows} in the shadow, likeness to the champion's {self.likeness:.2f}"
+        return said
 
 
 @dataclass(frozen=True)
@@ -115,6 +167,51 @@ class FeedbackStore:
         row |= {"created": datetime.now(UTC), "user": user, "sources": [s.model_dump() for s in block.sources], "profile": profile}
         with self._engine.begin() as db:
             db.execute(insert(_routes).values(row))
+
+    def add_answer(self, request_id: str, *, finish_reason: str | None, tokens: int, seconds: float) -> None:
+        """Record how an answer went; holds no text. finish_reason is None where the reader left or the model failed."""
+        row = {"request_id": request_id, "finish_reason": finish_reason, "tokens": tokens, "seconds": seconds}
+        with self._engine.begin() as db:
+            db.execute(insert(_answers).values(row))
+
+    def add_shadow(self, request_id: str, persona: str, *, texts: tuple[str, str], **facts: Any) -> None:
+        """Record what a challenger would have said. texts: the champion's answer and the challenger's, stored redacted, or not at all by keep_text."""
+        kept = [redact(t) for t in texts] if self.keep_text else [None, None]
+        row = {"request_id": request_id, "persona": persona, "created": datetime.now(UTC), "champion_answer": kept[0], "challenger_answer": kept[1]}
+        with self._engine.begin() as db:
+            db.execute(insert(_shadows).values(row | facts))
+
+    def results(self, persona: str) -> dict[str, VersionResults]:
+        """Version -> how its answers fared, for the requests that this persona answered alone."""
+        found: dict[str, VersionResults] = {}
+        query = (
+            select(_routes.c.versions, _answers.c.finish_reason, _answers.c.tokens, _answers.c.seconds, _routes.c.request_id)
+            .join(_answers, _answers.c.request_id == _routes.c.request_id)
+            .where(_routes.c.persona == persona)
+        )
+        by_request: dict[str, VersionResults] = {}
+        with self._engine.connect() as db:
+            for versions, reason, tokens, seconds, request_id in db.execute(query):
+                if list(versions) != [persona]:
+                    continue
+                of = found.setdefault(versions[persona], VersionResults(versions[persona]))
+                of.answers, of.ended = of.answers + 1, of.ended + (reason == "stop")
+                of.tokens, of.seconds = of.tokens + tokens, of.seconds + seconds
+                by_request[request_id] = of
+            # Of several ratings by one person the last one counts.
+            last = {
+                (r, u): rating
+                for r, u, rating in db.execute(select(_ratings.c.request_id, _ratings.c.user, _ratings.c.rating).order_by(_ratings.c.id))
+            }
+            for (request_id, _), rating in last.items():
+                if of_rated := by_request.get(request_id):
+                    setattr(of_rated, rating, getattr(of_rated, rating) + 1)
+            shadowed = select(_shadows.c.challenger, _shadows.c.likeness).where(_shadows.c.persona == persona)
+            for challenger, likeness in db.execute(shadowed):
+                of = found.setdefault(challenger, VersionResults(challenger))
+                of.likeness = ((of.likeness or 0.0) * of.shadows + likeness) / (of.shadows + 1)
+                of.shadows += 1
+        return found
 
     def remember(self, request_id: str, messages: Sequence[Message], answer: str) -> None:
         """Keep a text in memory in case it is rated."""

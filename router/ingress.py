@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import time
@@ -16,9 +17,10 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from persona_models.errors import AuthError, DeskrouteError, InputError, NotReadyError, TooLargeError
-from persona_models.protocol import BASE, EngineStatus, TokenEvent
+from persona_models.protocol import BASE, BUILTIN, EngineStatus, TokenEvent
 from router.desk import Desk
 from router.features import Profile
+from router.live import Live
 from router.schema import AUTO, ChatRequest, Conversation, FeedbackRequest, RouteRequest, completion, error_body, first_fault, parse_model
 from router.stream import server_sent_events
 from router.telemetry import CONTENT_TYPE, log
@@ -30,9 +32,20 @@ OPEN_PATHS = {"/", "/healthz", "/readyz", "/metrics"}
 StatusOf = Callable[[], Awaitable[Mapping[str, EngineStatus]]]
 
 
-def create_app(desk: Desk, pool_status: StatusOf) -> FastAPI:
-    """The application. pool_status: async function -> status by pool name, raising or timing out where a pool is down."""
-    app = FastAPI(title="Deskroute", docs_url=None, redoc_url=None)
+def create_app(desk: Desk, pool_status: StatusOf, live: Live | None = None) -> FastAPI:
+    """The application. pool_status: async function -> status by pool name, raising or timing out where a pool is down.
+
+    live: keeps the desk on the registry's versions; None where the engines' versions never change.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+        task = asyncio.create_task(live.start()) if live else None
+        yield
+        if task:
+            task.cancel()
+
+    app = FastAPI(title="Deskroute", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(BodyLimit, most=desk.config.http.max_body_bytes)
     telemetry = desk.telemetry
 
@@ -108,11 +121,21 @@ def create_app(desk: Desk, pool_status: StatusOf) -> FastAPI:
     async def models(request: Request) -> Response:
         authorise(request)
         versions = {p: v for status in (await statuses()).values() for p, v in status.versions.items()}
+        if desk.lineup:
+            # A persona that nothing ships for answers as "none"; its pool says so.
+            versions |= {p: desk.lineup.champion(p).version for p in desk.personas if desk.lineup.champion(p).version != BUILTIN}
         titles = {p.id: p.title for p in desk.config.catalogue()}
         head = {"object": "model", "created": int(time.time()), "owned_by": "deskroute"}
         data = [{**head, "id": AUTO, "title": "Routed by content and profile"}, {**head, "id": BASE, "title": desk.config.base}]
         data += [{**head, "id": p, "title": titles[p], "version": versions.get(p)} for p in desk.personas]
         return JSONResponse({"object": "list", "data": data})
+
+    @app.post("/v1/reload")
+    async def reload(request: Request) -> Response:
+        authorise(request)
+        if live is None:
+            raise InputError("the versions of this server's models are fixed")
+        return JSONResponse((await live.reload()).body(desk.personas))
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -121,7 +144,7 @@ def create_app(desk: Desk, pool_status: StatusOf) -> FastAPI:
     @app.get("/readyz")
     async def readyz() -> Response:
         pools = await statuses()
-        ready = all(s.ready for s in pools.values())
+        ready = all(s.ready for s in pools.values()) and (live is None or live.settled)
         shown = {name: {"ready": s.ready, "versions": dict(s.versions), "device": s.device, "notes": list(s.notes)} for name, s in pools.items()}
         return JSONResponse({"status": "ready" if ready else "not ready", "pools": shown}, 200 if ready else 503)
 
@@ -131,7 +154,16 @@ def create_app(desk: Desk, pool_status: StatusOf) -> FastAPI:
 
     @app.get("/")
     async def index() -> Response:
-        paths = ["POST /v1/chat/completions", "POST /v1/route", "POST /v1/feedback", "GET /v1/models", "GET /healthz", "GET /readyz", "GET /metrics"]
+        paths = [
+            "POST /v1/chat/completions",
+            "POST /v1/route",
+            "POST /v1/feedback",
+            "GET /v1/models",
+            "POST /v1/reload",
+            "GET /healthz",
+            "GET /readyz",
+            "GET /metrics",
+        ]
         return JSONResponse({"name": "deskroute", "personas": list(desk.personas), "endpoints": paths})
 
     @app.exception_handler(DeskrouteError)

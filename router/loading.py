@@ -1,12 +1,13 @@
-"""Config -> the router artefact and the knowledge base: the registry's champion, a folder of one's own, or what ships. Knows nothing of Ray."""
+"""Config and lineup -> the router artefact and the knowledge base: the registry's champion, a folder of one's own, or what ships. Knows nothing of Ray."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from persona_models.errors import ConfigError, RegistryError
+from persona_models.lineup import Lineup, Pinned
 from persona_models.protocol import BUILTIN
-from persona_models.registry import ROUTER_MODEL, RegistryReader
+from persona_models.registry import ROUTER_MODEL, RegistryReader, read_lineup
 from router.classifier import PersonaClassifier
 from router.config import Config
 from router.knowledge import KnowledgeBase, load_folder
@@ -15,30 +16,62 @@ from router.telemetry import log
 SHIPPED = Path(__file__).parent.parent / "persona_models" / "builtin" / "router"
 
 
-def artefact(config: Config) -> tuple[Path, str]:
-    """The folder of the router artefact in force, and its version: a registry version, "builtin", or the folder's name."""
+def lineup_in_force(config: Config, *, since_ms: int = 0) -> Lineup:
+    """What the registry, or a server that has been running since then, has in force. Never raises."""
+    reader = RegistryReader(config.registry_uri, config.state / "cache")
+    lineup, note = read_lineup(reader, tuple(p.id for p in config.catalogue()), config.state, since_ms=since_ms)
+    if note:
+        log.warning("%s", note)
+    return lineup
+
+
+def artefact(config: Config, pinned: Pinned) -> tuple[Path, str]:
+    """The folder of a router version, and its version: a registry version, "builtin", or the name of the configured folder. Raises RegistryError."""
     if config.router != BUILTIN:
         return Path(config.router), Path(config.router).name
+    if pinned.version == BUILTIN:
+        return SHIPPED, BUILTIN
+    found = RegistryReader(config.registry_uri, config.state / "cache").fetch_version(ROUTER_MODEL, pinned)
+    return found.folder, found.version
+
+
+def load_router(config: Config, pinned: Pinned) -> tuple[PersonaClassifier, KnowledgeBase]:
+    """A version of the router. Raises ConfigError for a damaged artefact or one made for other personas, ArticleError, RegistryError."""
+    folder, version = artefact(config, pinned)
+    classifier = PersonaClassifier.load(folder, tuple(p.id for p in config.catalogue()))
+    classifier.version = version if version == BUILTIN or version.isdigit() else classifier.version
+    return classifier, _knowledge(config, folder)
+
+
+def router_in_force(config: Config, lineup: Lineup | None = None) -> tuple[PersonaClassifier, KnowledgeBase]:
+    """The router of a lineup, or the one that ships where that cannot be had. Raises ConfigError, ArticleError where neither can be used."""
+    pinned = (lineup or lineup_in_force(config)).router
     try:
-        found = RegistryReader(config.registry_uri, config.state / "cache").fetch(ROUTER_MODEL)
-        if found:
-            return found.folder, found.version
-    except RegistryError as e:
+        return load_router(config, pinned)
+    except (RegistryError, ConfigError) as e:
+        if pinned.version == BUILTIN or config.router != BUILTIN:
+            raise
         log.warning("router: %s; serving the one that ships", e.message)
-    return SHIPPED, BUILTIN
+        return load_router(config, Pinned())
 
 
 def load_classifier(config: Config) -> PersonaClassifier:
-    """The classifier in force. Raises ConfigError for a missing or damaged artefact, or one made for other personas."""
-    folder, version = artefact(config)
-    classifier = PersonaClassifier.load(folder, tuple(p.id for p in config.catalogue()))
-    classifier.version = version if version == BUILTIN or version.isdigit() else classifier.version
-    return classifier
+    """The classifier in force. Raises ConfigError, ArticleError."""
+    return router_in_force(config)[0]
 
 
 def load_knowledge(config: Config) -> KnowledgeBase:
-    """The built-in articles, a company's own beside them, or instead. Raises ConfigError, ArticleError."""
-    folder, _ = artefact(config)
+    """The articles in force. Raises ConfigError, ArticleError."""
+    pinned = lineup_in_force(config).router if config.router == BUILTIN else Pinned()
+    try:
+        folder, _ = artefact(config, pinned)
+    except RegistryError as e:
+        log.warning("router: %s; using the articles that ship", e.message)
+        folder = SHIPPED
+    return _knowledge(config, folder)
+
+
+def _knowledge(config: Config, folder: Path) -> KnowledgeBase:
     base = KnowledgeBase.load(folder)
     if config.knowledge.folder:
         own = load_folder(config.knowledge.folder, tuple(p.id for p in config.catalogue()))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_models.errors import ConfigError, NotReadyError, WorkError
+from router import whereabouts
 from router.config import Config
 from router.feedback import FeedbackStore
 from router.loading import load_classifier, load_knowledge
@@ -121,11 +122,13 @@ def serve_forever(config: Config) -> None:
             shown = ", ".join(f"{p}={v}" for p, v in versions.items())
             devices = ", ".join(sorted({p["device"] for p in pools.values()}))
             url = f"http://{config.http.host}:{config.http.port}"
+            whereabouts.announce(config.state, url)
             print(f"deskroute: ready in {time.monotonic() - began:.0f} s at {url}/v1 (base {config.base} on {devices}; {shown})", flush=True)
             while not stop.wait(0.5):
                 pass
             print("deskroute: stopping ...", file=sys.stderr, flush=True)
     finally:
+        whereabouts.withdraw(config.state)
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -31,6 +31,10 @@ class Telemetry:
         self.first_token_s = Histogram("deskroute_first_token_seconds", "From request to first token", ["persona"], registry=self.registry)
         self.answer_s = Histogram("deskroute_answer_seconds", "From request to last token", ["persona"], registry=self.registry)
         self.tokens = Counter("deskroute_completion_tokens", "Generated tokens", ["persona"], registry=self.registry)
+        self.answers = Counter(
+            "deskroute_answers", "Answers by persona, version and how they ended", ["persona", "version", "end"], registry=self.registry
+        )
+        self.shadows_skipped = Counter("deskroute_shadows_skipped", "Shadow answers not made because too many were under way", registry=self.registry)
         self.ratings = Counter("deskroute_ratings", "Ratings by persona", ["rating"], registry=self.registry)
         self.active = Gauge("deskroute_active_requests", "Answers in the making", registry=self.registry)
 

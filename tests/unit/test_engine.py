@@ -131,7 +131,7 @@ async def test_a_mixture_equals_pefts_weighted_merge(engine, tiny_base_folder, a
     model.add_weighted_adapter(["field", "admin"], [0.7, 0.3], "both", combination_type="cat")
     model.set_adapter("both")
     ids = encode_prompt(engine.base.tokenizer, [Message("user", "hello there")], document=None)
-    slots = {engine._slot_of[p]: w for p, w in gate.items()}
+    slots = {engine._slots[p]["1"]: w for p, w in gate.items()}
     decoders = (engine._decoder, TransformersDecoder(engine.base.model, engine._bank, 2, 256))
     with torch.inference_mode():
         want = model(input_ids=torch.tensor([ids])).logits[0]

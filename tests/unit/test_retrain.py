@@ -66,10 +66,13 @@ def test_from_tickets_to_a_registered_champion(retrained, long_base_folder, caps
     assert run.data.params["persona"] == "field"
     assert run.data.tags["mlflow.runColor"] == "#1b7837"
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == int(run.data.params["steps"])
-    assert {"eval/loss", "eval/gain", "eval/base_loss", "eval/ends", "eval/carried", "eval/grounded"} <= set(run.data.metrics)
+    judged = ("loss", "ppl", "gain", "base_loss", "ends", "carried", "grounded", "chrf", "rougeL", "refusals", "tokens", "ms_per_token", "delta_low")
+    assert {f"eval/{m}" for m in judged} <= set(run.data.metrics)
+    assert any(m.startswith("slice/length_") for m in run.data.metrics)
     assert {d.dataset.name for d in run.inputs.dataset_inputs} == {"field-train", "deskroute-eval"}
     files = {f.path for f in client.list_artifacts(run.info.run_id)} | {f.path for f in client.list_artifacts(run.info.run_id, "plots")}
-    assert {"eval_samples.json", "plots/loss.png"} <= files
+    assert {"eval_samples.json", "eval_slices.json", "plots/loss.png"} <= files
+    assert {t["path"] for t in json.loads(run.data.tags["mlflow.loggedArtifacts"])} == {"eval_samples.json", "eval_slices.json"}
     assert version.tags[DIGEST_TAG]
     base = load_base(str(long_base_folder), device="cpu")
     assert read_adapter(found.folder, base).rank == 2
@@ -79,8 +82,9 @@ def test_the_dataset_keeps_broken_rows_aside_and_holds_no_personal_data(retraine
     folder = load_config().state / "work" / "field" / "dataset"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["train"] + manifest["validation"] > 40
-    assert "has no prompt" in (folder / "quarantine.jsonl").read_text()
-    text = (folder / "train.jsonl").read_text() + (folder / "validation.jsonl").read_text()
+    aside = (load_config().state / "work" / "tickets" / "quarantine.jsonl").read_text()
+    assert "has no prompt" in aside
+    text = aside + "".join((folder / f"{name}.jsonl").read_text() for name in ("train", "validation", "watch"))
     assert "ann@example.org" not in text
     assert "7946" not in text
 
@@ -133,13 +137,23 @@ def test_a_version_that_fails_a_gate_stays_challenger_and_says_why(project, caps
     assert reader().versions("deskroute-admin")["1"].description.startswith("Failed gates: eval/loss / base's is")
 
 
-def test_what_was_tampered_with_after_registration_is_refused(retrained):
+def test_a_damaged_copy_is_fetched_again(retrained):
     folder = reader().fetch("deskroute-field").folder
+    sound = (folder / CARD).read_text()
     (folder / CARD).write_text("{}")
+    assert (reader().fetch("deskroute-field").folder / CARD).read_text() == sound
+
+
+def test_what_was_tampered_with_after_registration_is_never_promoted(retrained, capsys):
+    assert main(["retrain", "field", "--no-promote", "--gates", "gates.yaml", "--steps", "2"]) == 0
+    card = max((load_config().state / "artifacts").rglob(CARD), key=lambda p: p.stat().st_mtime)
+    card.write_text("{}")
+    capsys.readouterr()
+    assert main(["promote", "field", "2"]) == 1
+    assert "version 2 is not what was registered" in capsys.readouterr().err
+    assert reader().aliases("deskroute-field") == {CHAMPION: "1", CHALLENGER: "2"}
     with pytest.raises(RegistryError, match="is not what was registered"):
-        reader().fetch("deskroute-field")
-    # The damaged copy is gone, so that the next look fetches a sound one.
-    assert reader().fetch("deskroute-field").version == "1"
+        reader().fetch("deskroute-field", CHALLENGER)
 
 
 def test_an_empty_registry_costs_nothing_and_holds_nothing():
@@ -172,7 +186,7 @@ def test_an_empty_registry_costs_nothing_and_holds_nothing():
     ],
 )
 def test_wrong_arguments_end_with_2_and_a_sentence(project, capsys, argv, says):
-    (project / "few.csv").write_text("prompt,answer\na,b\nc,d\n")
+    (project / "few.csv").write_text("prompt,answer,persona\nvpn drops on site,b,field\nscanner broken in the van,d,field\n")
     (project / "bad.jsonl").write_text('{"id": 1, "text": "vpn"}\n{oops\n')
     try:
         code = main(argv)
