@@ -9,9 +9,10 @@ import time
 from urllib.parse import quote
 
 from persona_models.errors import InputError
-from persona_models.registry import CHALLENGER, CHAMPION, ROUTER_MODEL, RegistryReader, VersionFacts, model_name
+from persona_models.registry import CHALLENGER, CHAMPION, ROUTER_MODEL, SHADOW, RegistryReader, VersionFacts, model_name
 from pipelines.tracking import PERSONA_EXPERIMENT, WORKFLOW
 from router.config import Config
+from router.feedback import open_for_reading
 
 SHOWN = ("eval/loss", "eval/gain", "eval/ends", "eval/carried", "eval/grounded")
 
@@ -49,12 +50,26 @@ def compare(config: Config, metric: str, ui: str) -> None:
         + "   against champion"
     )
     print("\n".join(lines))
+    for line in _in_use(config, reader):
+        print(line)
     experiment = reader.experiment_id(PERSONA_EXPERIMENT)
     if experiment:
         where = config.registry_uri if config.registry_uri.startswith("http") else ui
         print(f"\n`deskroute ui`, then charts of every run:\n  {runs_url(where, experiment)}")
         if len(runs) > 1:
             print(f"these versions in columns:\n  {columns_url(where, experiment, runs)}")
+
+
+def _in_use(config: Config, reader: RegistryReader) -> list[str]:
+    """How the versions of personas with a challenger on trial fare with people, a line each."""
+    store = open_for_reading(config.feedback_url)
+    lines = []
+    for persona in config.catalogue():
+        how = reader.trial(model_name(persona.id))
+        if how and store:
+            lines.append(f"\n{persona.id}, {'in the shadow' if how == SHADOW else how.replace('canary', 'canary of') + ' %'}:")
+            lines += [f"  {result}" for result in store.results(persona.id).values()] or ["  nobody has asked yet"]
+    return lines
 
 
 def runs_url(ui: str, experiment: str) -> str:
@@ -75,6 +90,9 @@ def _line(name: str, role: str, facts: VersionFacts, columns: list[str], champio
     delta = ""
     if champion and metric in champion.metrics and metric in facts.metrics:
         delta = f"   {facts.metrics[metric] - champion.metrics[metric]:+.3f}"
+        if metric == "eval/loss" and "eval/delta_low" in facts.metrics:
+            # Measured when it was trained, both on the same answers.
+            delta += f" (95 %: {facts.metrics['eval/delta_low']:+.3f} to {facts.metrics['eval/delta_high']:+.3f})"
     return f"{name:<18}{facts.version:<12}{role:<12}{when:<18}{cells}{delta}"
 
 

@@ -129,8 +129,10 @@ class Tracker:
             self.client.log_model_artifacts(logged.model_id, str(folder))
             logged = self.client.finalize_logged_model(logged.model_id, "READY")
         entity = self._mlflow.entities
-        values = [entity.Metric(k, float(v), run.start_ms, 0, model_id=logged.model_id, run_id=run.id) for k, v in metrics.items()]
-        self.client.log_batch(run.id, metrics=values)
+        known = {m.key for m in self.client.get_logged_model(logged.model_id).metrics or ()}
+        values = [entity.Metric(k, float(v), run.start_ms, 0, model_id=logged.model_id, run_id=run.id) for k, v in metrics.items() if k not in known]
+        if values:
+            self.client.log_batch(run.id, metrics=values)
         version = made[0] if made else self.client.create_model_version(
             model,
             logged.artifact_location,
@@ -213,8 +215,9 @@ class Run:
         self.tracker.client.log_batch(self.id, params=[entity.Param(k, str(v)[:500]) for k, v in params.items() if v is not None])
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
-        """Metrics with one value each."""
-        self.series({k: [v] for k, v in metrics.items()})
+        """Metrics with one value each; one that the run has already, from before its process was killed, stays."""
+        known = self.tracker.client.get_run(self.id).data.metrics
+        self.series({k: [v] for k, v in metrics.items() if k not in known})
 
     def series(self, series: Mapping[str, Sequence[float]], *, first_step: int = 0, every: int = 1) -> None:
         """Metrics by step. Their times follow from the run's start, so that a run that is taken up again logs no point twice."""
