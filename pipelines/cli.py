@@ -41,6 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:
         print(f"deskroute: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
         return 1
+    except Exception as e:
+        # The registry's own faults in the middle of a command, when it goes away after it has answered.
+        if type(e).__module__.partition(".")[0] not in ("mlflow", "sqlalchemy"):
+            raise
+        print(f"deskroute: the registry failed: {str(e).strip().splitlines()[0]}; run the same command again to go on", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("deskroute: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

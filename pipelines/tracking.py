@@ -55,7 +55,10 @@ class Tracker:
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        self.client = MlflowClient(uri, uri)
+        try:
+            self.client = MlflowClient(uri, uri)
+        except Exception as e:
+            raise RegistryError(f"MLflow at {uri} cannot be used: {str(e).strip().splitlines()[0]}") from None
 
     def experiment(self, name: str) -> str:
         """Id of an experiment, made where it is missing. A local store keeps its artefacts in the state folder."""

@@ -161,8 +161,10 @@ def test_ten_swaps_under_eight_clients(live):
             assert moved.reply.front_doors == 2
             # From here on nobody may get another version, whichever front door and replica answers.
             assert {live.listed() for _ in range(4)} == {want}
-            assert {live.ask(QUESTIONS[k % 3])[0] for k in range(6)} == {want}
-            memory.append(live.memory_mb())
+            assert {live.ask(QUESTIONS[k % 3])[0] for k in range(3)} == {want}
+            # Reading it takes seconds of a busy machine.
+            if n in (0, SWAPS - 1):
+                memory.append(live.memory_mb())
     finally:
         stop.set()
         for thread in threads:
@@ -170,7 +172,7 @@ def test_ten_swaps_under_eight_clients(live):
     assert not faults, faults[:3]
     assert len(answers) > SWAPS
     assert set(answers) == set(live.versions)
-    print(f"{len(answers)} answers; memory after each swap, MB: {[round(m) for m in memory]}")
+    print(f"{len(answers)} answers; memory after the first and the last swap, MB: {[round(m) for m in memory]}")
     assert memory[-1] <= 1.05 * memory[0]
 
 
