@@ -74,7 +74,7 @@ class Live:
 
     def ask(self, text: str, **more: object) -> tuple[str, str]:
         """(version that answered, the answer) of a streamed request; raises where it does not end with a finish reason and [DONE]."""
-        body = {"model": "field", "messages": [{"role": "user", "content": text}], "stream": True, "max_tokens": 48} | more
+        body = {"model": "field", "messages": [{"role": "user", "content": text}], "stream": True, "max_tokens": 24} | more
         version, said, finished, last = "", [], None, ""
         with httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=120) as answer:
             assert answer.status_code == 200, answer.read()
