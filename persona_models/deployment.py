@@ -7,6 +7,7 @@ ask for the new versions, and `settle` lets go of the old ones. So no request ev
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from persona_models.errors import AdapterError, DeskrouteError
+from persona_models.errors import AdapterError, DeskrouteError, RegistryError
 from persona_models.lineup import Ack, Lineup, Pinned
 from persona_models.protocol import BUILTIN, Engine, EngineStatus, GenerateRequest, TokenEvent
 from persona_models.registry import RegistryReader, model_name, read_lineup
@@ -68,8 +69,9 @@ class PersonaPool:
         loaded = load_base(base, device="cuda" if gpu else "cpu", dtype=dtype)
         merged = personas[0] if merge and len(personas) == 1 else None
         self.engine = PersonaEngine(loaded, manners=manners, max_rows=rows, max_queue=queue, merged=merged, threads=threads)
-        self._versions = Versions(self.engine, loaded, personas, RegistryReader(registry_uri, state / "cache"))
-        lineup, note = read_lineup(RegistryReader(registry_uri, state / "cache"), personas, state, since_ms=since_ms)
+        registry = RegistryReader(registry_uri, state / "cache")
+        self._versions = Versions(self.engine, loaded, personas, registry)
+        lineup, note = read_lineup(registry, personas, state, since_ms=since_ms)
         if note:
             self._notes["registry"] = note
         self._notes |= self._versions.start(lineup, builtin_base=base == BUILTIN)
@@ -172,7 +174,9 @@ class Versions:
         """Load the versions a request names. What cannot be loaded is answered by the current version."""
         with self._lock:
             for persona, version in request.versions.items():
-                self._load(persona, Pinned(version))
+                # Asked for with its digest, so that what was tampered with is refused here too.
+                with contextlib.suppress(RegistryError):
+                    self._load(persona, (version != BUILTIN and self.registry.pin(model_name(persona), version)) or Pinned())
 
     def _load(self, persona: str, pinned: Pinned) -> str | None:
         """Hold a version; returns why it cannot be. A merged engine holds one at a time: the version is only checked."""

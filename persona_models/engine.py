@@ -28,6 +28,7 @@ from persona_models.errors import NotReadyError, QueueFullError, UnknownModelErr
 from persona_models.gated_lora import LoraBank, Merge
 from persona_models.prompt import fit_prompt
 from persona_models.protocol import EngineStatus, GenerateRequest, TokenEvent
+from persona_models.slots import AdapterSlots
 
 # Prompt tokens between two decode steps: on a CPU about as long as ten of them.
 CHUNK_TOKENS = 256
@@ -72,10 +73,9 @@ class PersonaEngine:
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
         self._decoder = make_decoder(base.model, self._bank, max_rows, base.context_tokens)
-        self._slots: dict[str, dict[str, str]] = {}  # persona -> version -> slot; more than the current version where others are held beside it
-        self._versions: dict[str, str] = {}  # persona -> its current version
-        self._uses: dict[str, int] = {}  # slot -> rows that still need it
-        self._loads = 0
+        self._slots = AdapterSlots(self._bank)
+        # Of a dedicated engine, which has no slots: the persona's one version.
+        self._merged_version: dict[str, str] = {}
         self._loading: dict[tuple[str, str], Future[None]] = {}
         self._waiting: deque[Answer] = deque()
         self._work: deque[_Work] = deque()
@@ -125,11 +125,15 @@ class PersonaEngine:
         """
         if version not in self.held(persona):
             raise self._unknown(persona, version)
-        self._between_steps(partial(self._settle, persona, version, beside), alone=False)
+        self._between_steps(partial(self._slots.settle, persona, version, beside), alone=False)
 
     def held(self, persona: str) -> tuple[str, ...]:
         """The versions of a persona that requests can have."""
-        return tuple(self._slots.get(persona, ())) or tuple(v for p, v in self._versions.items() if p == persona)
+        return tuple(v for p, v in self._merged_version.items() if p == persona) if self._merge else self._slots.held(persona)
+
+    @property
+    def _versions(self) -> dict[str, str]:
+        return self._merged_version if self._merge else self._slots.versions
 
     def unload_adapter(self, persona: str) -> None:
         """Take a persona away from requests to come; rows in flight finish. Raises UnknownModelError where none is loaded."""
@@ -289,30 +293,13 @@ class PersonaEngine:
                 raise WorkError(f"the pool of {persona!r} has its adapter merged into the base and holds one version at a time")
             self._merge.apply(adapter.factors)
             self._decoder = make_decoder(self.base.model, self._bank, self.max_rows, self.base.context_tokens)
-            self._versions[persona] = version
-            return
-        self._loads += 1
-        slot = f"{persona}#{self._loads}"
-        self._bank.load(slot, adapter.rank, adapter.factors)
-        self._uses[slot] = 0
-        slots = self._slots.setdefault(persona, {})
-        old = slots.get(version)
-        slots[version] = slot
-        if old:
-            self._release(old)
-        if current:
-            self._settle(persona, version, ())
-
-    def _settle(self, persona: str, version: str, beside: Collection[str]) -> None:
-        self._versions[persona] = version
-        slots = self._slots.get(persona, {})
-        for other in [v for v in slots if v != version and v not in beside]:
-            self._release(slots.pop(other))
+            self._merged_version[persona] = version
+        else:
+            self._slots.load(persona, adapter, version, current=current)
 
     def _unload(self, persona: str) -> None:
-        self._versions.pop(persona, None)
-        for slot in self._slots.pop(persona, {}).values():
-            self._release(slot)
+        self._merged_version.pop(persona, None)
+        self._slots.unload(persona)
 
     def _admit(self) -> None:
         """Give a waiting request a row, unless one is still reading its prompt, or something waits for the rows to end."""
@@ -324,17 +311,12 @@ class PersonaEngine:
         if gone := [p for p in row.request.gate if p not in self._versions]:
             self._sent.append((row, self._unknown(gone[0])))
             return
-        row.versions = {p: self._version_for(p, row.request) for p in row.request.gate}
-        row.gate = {self._slots[p][row.versions[p]]: w for p, w in row.request.gate.items() if p in self._slots}
-        for slot in row.gate:
-            self._uses[slot] += 1
+        if self._merge:
+            row.versions = dict(self._merged_version)
+        else:
+            row.versions, row.gate = self._slots.take(row.request.gate, row.request.versions)
         self._decoder.open(len(self._rows), row.gate)
         self._rows.append(row)
-
-    def _version_for(self, persona: str, request: GenerateRequest) -> str:
-        """The version that a request asks for, or the current one where it asks for none or for one that has been let go of while it waited."""
-        asked = request.versions.get(persona, "")
-        return asked if asked in self._slots.get(persona, ()) else self._versions[persona]
 
     @property
     def _reading(self) -> bool:
@@ -390,16 +372,7 @@ class PersonaEngine:
             place = gap
         self._decoder.close(last)
         self._rows.pop()
-        for slot in row.gate:
-            self._uses[slot] -= 1
-            if not any(slot in held.values() for held in self._slots.values()):
-                self._release(slot)
-
-    def _release(self, slot: str) -> None:
-        """Free the slot of a version that is no longer current once no row needs it."""
-        if self._uses.get(slot) == 0:
-            self._bank.unload(slot)
-            del self._uses[slot]
+        self._slots.give_back(row.gate)
 
     def _due(self) -> bool:
         """Whether events should leave now: after a while, and at once where an answer begins or ends, or nothing else is being made."""

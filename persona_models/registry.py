@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class RegistryReader:
         """
         if self.empty:
             return None
-        found = self._version(model, alias)
+        found = self._found(lambda client: client.get_model_version_by_alias(model, alias))
         return self.fetch_version(model, _pinned(found)) if found else None
 
     def fetch_version(self, model: str, pinned: Pinned) -> Registered:
@@ -114,18 +115,8 @@ class RegistryReader:
 
     def pin(self, model: str, version: str) -> Pinned | None:
         """A version with its digest; None where it does not exist."""
-        from mlflow.exceptions import MlflowException
-
-        if self.empty:
-            return None
-        try:
-            return _pinned(self._open().get_model_version(model, version))
-        except MlflowException as e:
-            if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise self._unreadable(e) from None
-        except Exception as e:
-            raise self._unreachable(e) from None
+        found = None if self.empty else self._found(lambda client: client.get_model_version(model, version))
+        return _pinned(found) if found else None
 
     def lineup(self, personas: Sequence[str]) -> Lineup:
         """What the registry says is in force now. Raises RegistryError when it cannot be reached."""
@@ -140,9 +131,11 @@ class RegistryReader:
             if version := facts.aliases.get(CHAMPION):
                 champions[persona] = self.pin(model_name(persona), str(version)) or Pinned(str(version))
             how, version = facts.tags.get(TRIAL_TAG, ""), facts.aliases.get(CHALLENGER)
-            if how and version:
+            # A tag in no known form, set by hand, is no trial.
+            canary = re.fullmatch(r"canary (\d+(?:\.\d+)?)", how)
+            if version and (canary or how == SHADOW):
                 pinned = self.pin(model_name(persona), str(version)) or Pinned(str(version))
-                trials[persona] = Trial(pinned, shadow=True) if how == SHADOW else Trial(pinned, float(how.removeprefix("canary ")) / 100)
+                trials[persona] = Trial(pinned, min(1.0, float(canary[1]) / 100)) if canary else Trial(pinned, shadow=True)
         facts = self._model(ROUTER_MODEL)
         version = facts.aliases.get(CHAMPION) if facts else None
         router = (self.pin(ROUTER_MODEL, str(version)) if version else None) or Pinned()
@@ -167,16 +160,21 @@ class RegistryReader:
 
     def _model(self, model: str) -> Any:
         """The registered model, None where it does not exist."""
+        return self._found(lambda client: client.get_registered_model(model))
+
+    def _found(self, look: Callable[[Any], Any]) -> Any:
+        """What a look into the registry finds, None where it is not there. Raises RegistryError."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return self._open().get_registered_model(model)
+            return look(self._open())
         except MlflowException as e:
-            if e.error_code == "RESOURCE_DOES_NOT_EXIST":
+            # A missing alias is INVALID_PARAMETER_VALUE, a missing model or version RESOURCE_DOES_NOT_EXIST.
+            if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise self._unreadable(e) from None
         except Exception as e:
-            raise self._unreachable(e) from None
+            raise RegistryError(f"the registry at {self.uri} cannot be reached: {_first_line(e)}") from None
 
     def versions(self, model: str) -> dict[str, VersionFacts]:
         """Version -> what is known of it, newest first; empty where the model does not exist."""
@@ -213,22 +211,6 @@ class RegistryReader:
 
     def _unreadable(self, error: Exception) -> RegistryError:
         return RegistryError(f"the registry at {self.uri} cannot be read: {_first_line(error)}")
-
-    def _unreachable(self, error: Exception) -> RegistryError:
-        return RegistryError(f"the registry at {self.uri} cannot be reached: {_first_line(error)}")
-
-    def _version(self, model: str, alias: str) -> Any:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._open().get_model_version_by_alias(model, alias)
-        except MlflowException as e:
-            # A missing alias is INVALID_PARAMETER_VALUE, a missing model RESOURCE_DOES_NOT_EXIST.
-            if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise self._unreadable(e) from None
-        except Exception as e:
-            raise self._unreachable(e) from None
 
     def _download(self, model: str, version: str, folder: Path) -> None:
         import mlflow

@@ -10,12 +10,11 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from persona_models.adapters import Adapter, read_adapter
+from persona_models.adapters import Adapter
 from persona_models.base_model import BaseModel
 from persona_models.engine import PersonaEngine
 from persona_models.errors import ContextLengthError
@@ -51,11 +50,6 @@ class AnswerScores:
     carried: float
     grounded: float
     tokens: float
-
-
-def held_out_loss(base: BaseModel, samples: Sequence[Sample], adapter: Adapter | None, manner: str, max_tokens: int) -> float:
-    """Nats per answer token of the samples, with an adapter or of the base alone."""
-    return persona_row(base, samples, {"": adapter}, manner, max_tokens)[""]
 
 
 def persona_row(base: BaseModel, samples: Sequence[Sample], adapters: Mapping[str, Adapter | None], manner: str, max_tokens: int) -> dict[str, float]:
@@ -161,8 +155,3 @@ def score_answers(samples: Sequence[Sample], answers: Sequence[Answer]) -> Answe
         grounded=grounded / max(1, stated),
         tokens=sum(a.tokens for a in answers) / n,
     )
-
-
-def read_adapters(base: BaseModel, folders: Mapping[str, Path | None]) -> dict[str, Adapter]:
-    """The adapters of the personas that have one."""
-    return {p: read_adapter(folder, base) for p, folder in folders.items() if folder}

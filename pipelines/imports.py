@@ -82,7 +82,6 @@ def import_tickets(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    report = TicketReport()
     seen = NearDuplicates()
     router = None if all_of else _Router(config)
     with (partial / TICKETS).open("w", encoding="utf-8") as kept, (partial / QUARANTINE).open("w", encoding="utf-8") as aside:
@@ -90,7 +89,7 @@ def import_tickets(
         def put_aside(entry: dict[str, Any]) -> None:
             aside.write(json.dumps(entry, ensure_ascii=False, default=str) + "\n")
 
-        report.aside = put_aside
+        report = TicketReport(put_aside)
         rows = iter(tqdm(file.tickets(report), desc=f"tickets from {path.name}", unit="row", dynamic_ncols=True))
         while group := list(islice(rows, ROUTED_AT_ONCE)):
             for number, ticket in _assigned(group, router, all_of, report):

@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from persona_models.adapters import Adapter
 from persona_models.base_model import BaseModel
+from persona_models.errors import TicketError
+from persona_models.registry import CHAMPION
 from pipelines.dataset import Sample
 from pipelines.evaluate import Answer, Applied, generate_answers, score_answers
 from pipelines.finetune import encode_sample
 from pipelines.training import losses_by_example
 
-NEW, BASE, CHAMPION = "new", "base", "champion"
+NEW, BASE = "new", "base"
 RESAMPLES = 2000
 # Kinds of request with fewer samples are not reported: their figures would be noise.
 MIN_SLICE = 5
@@ -61,9 +63,16 @@ def judge(
     shown: int,
     seed: int,
 ) -> Judgement:
-    """Judge candidates["new"] against "base" (None) and, where there is one, "champion". `shown` samples are answered as well."""
+    """Judge candidates["new"] against "base" (None) and, where there is one, "champion". `shown` samples are answered as well, in one batch.
+
+    Raises TicketError where no sample fits into max_tokens.
+    """
     encoded = [encode_sample(base, s, manner) for s in samples]
     fits = [i for i, (ids, _) in enumerate(encoded) if len(ids) <= min(max_tokens, base.context_tokens)]
+    if not fits:
+        raise TicketError(
+            f"none of {len(samples)} held-out samples fits into {max_tokens} tokens with its article; a version that cannot be judged is none"
+        )
     kept = [samples[i] for i in fits]
     losses = {}
     for name, adapter in tqdm(candidates.items(), desc="held-out loss", unit="model"):
@@ -78,11 +87,10 @@ def judge(
     rivals = {name: _metrics(losses[name], answered, answers[name]) for name in candidates}
     metrics = rivals.pop(NEW)
     # The gain of the personalisation papers, in percent of the base's figure; a lower loss is a gain.
-    for name in ("loss", "chrf", "rougeL"):
+    for name, gain in (("loss", "gain"), ("chrf", "gain_chrf"), ("rougeL", "gain_rougeL")):
         theirs, ours = rivals[BASE][f"eval/{name}"], metrics[f"eval/{name}"]
         if theirs:
-            metrics[f"eval/gain_{name}"] = 100 * (ours - theirs) / theirs * (-1 if name == "loss" else 1)
-    metrics["eval/gain"] = metrics["eval/gain_loss"]
+            metrics[f"eval/{gain}"] = 100 * (ours - theirs) / theirs * (-1 if name == "loss" else 1)
     metrics["eval/base_loss"] = losses[BASE].mean()
     rival = CHAMPION if CHAMPION in candidates else BASE
     if CHAMPION in candidates:

@@ -1,4 +1,4 @@
-"""Gates as data -> a verdict; and the two commands that move aliases by hand. Knows nothing of training."""
+"""Gates as data -> a verdict; and the commands that move aliases and have the server follow. Knows nothing of training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from persona_models.deployment import NO_ADAPTER
-from persona_models.errors import ConfigError, DeskrouteError, InputError, NotReadyError, WorkError
+from persona_models.errors import ConfigError, DeskrouteError, InputError, WorkError
 from persona_models.protocol import BUILTIN
 from persona_models.registry import CHALLENGER, CHAMPION, PREVIOUS, ROUTER_MODEL, SHADOW, RegistryReader, model_name
 from pipelines.endpoint import Endpoint, Reply
@@ -244,7 +244,7 @@ class Promoter:
         except BaseException as e:
             self.tracker.restore(model, aliases, trial)
             after = "the aliases are as they were"
-            if self.endpoint and not isinstance(e, NotReadyError):
+            if self.endpoint:
                 try:
                     self.endpoint.reload()
                 except DeskrouteError as again:
@@ -252,14 +252,3 @@ class Promoter:
             if isinstance(e, DeskrouteError):
                 raise type(e)(f"{e.message}; {after}") from None
             raise
-
-
-def promote(config: Config, name: str, version: str) -> str:
-    """Make a version the champion; returns the champion until now, or "builtin". See Promoter.promote."""
-    return Promoter(config).promote(name, version).before
-
-
-def roll_back(config: Config, name: str) -> tuple[str, str]:
-    """Back to the champion before. Returns (version in force until now, version in force now). See Promoter.roll_back."""
-    moved = Promoter(config).roll_back(name)
-    return moved.before, moved.now

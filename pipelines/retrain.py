@@ -94,7 +94,7 @@ class Retraining:
         """The base; the router is retrained without it."""
         return load_base(self.config.base, dtype=self.config.dtype)
 
-    def persona(self, name: str, tickets: Imported | None, *, promote: bool, steps: int | None, run_name: str | None = None) -> Outcome:
+    def persona(self, name: str, tickets: Imported | None, *, promote: bool, steps: int | None) -> Outcome:
         """Retrain one persona. Raises WorkError where another process is at it."""
         began = time.monotonic()
         persona, training = self.catalogue[name], self.config.training
@@ -120,7 +120,7 @@ class Retraining:
             tags = {"stage": "train", "persona": name, "mlflow.runColor": persona.colour}
             with self.tracker.run(
                 PERSONA_EXPERIMENT,
-                run_name or f"{name}-r{training.rank}-s{training.seed}",
+                f"{name}-r{training.rank}-s{training.seed}",
                 tags=tags,
                 params=params,
                 description=f"{persona.title}, {params['data']}, {time.strftime('%Y-%m-%d %H:%M')}.",
@@ -198,7 +198,7 @@ class Retraining:
         in_force = self.folder_in_force(persona.id)
         candidates = {NEW: read_adapter(made.folder, self.base), BASE: None}
         if in_force:
-            candidates["champion"] = read_adapter(in_force, self.base)
+            candidates[CHAMPION] = read_adapter(in_force, self.base)
         return judge(
             self.base,
             dataset.validation,

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +62,20 @@ class Ticket:
 
 @dataclass
 class TicketReport:
-    """What happened to a file's rows. `aside` gets each row that is kept aside; without one they are collected in `quarantine`."""
+    """What happened to a file's rows. `aside` gets each row that is kept aside, with the reason."""
 
+    aside: Callable[[dict[str, Any]], None]
     rows: int = 0
     used: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     redacted: Counter[str] = field(default_factory=Counter)
     routed: Counter[str] = field(default_factory=Counter)
-    quarantine: list[dict[str, Any]] = field(default_factory=list)
-    aside: Callable[[dict[str, Any]], None] | None = None
 
     def set_aside(self, row: int, reason: str, data: Any) -> None:
         """Keep a row aside; what it held is redacted."""
         # Values in a reason would make every row's reason one of its own.
         self.reasons[re.sub(r"'[^']*'|\d+", "...", reason)] += 1
-        entry = {"row": row, "reason": reason, "data": redacted(data)}
-        self.aside(entry) if self.aside else self.quarantine.append(entry)
+        self.aside({"row": row, "reason": reason, "data": redacted(data)})
 
     def __str__(self) -> str:
         parts = [f"{self.used} of {self.rows} rows used"]
@@ -147,12 +144,8 @@ class TicketFile:
                 continue
             try:
                 yield number, self._ticket(row, report.redacted)
-            except (TicketError, InputError) as e:
+            except InputError as e:
                 report.set_aside(number, e.message, row)
-
-    @cached_property
-    def bytes(self) -> int:
-        return self.path.stat().st_size
 
     def _check_encoding(self) -> None:
         """Decode the whole file once, in pieces: a wrong encoding is said before any row is used."""
@@ -300,18 +293,6 @@ class TicketFile:
         if when is None:
             raise TicketError(f"has the time {text!r}; use ISO form, for example 2026-03-31T14:05:00, or name its form in the map's `time`")
         return when if when.tzinfo else when.replace(tzinfo=UTC)
-
-
-def read_tickets(
-    path: Path, personas: Sequence[str], *, encoding: str | None = None, columns: ColumnMap | None = None, region: str | None = None
-) -> tuple[list[Ticket], TicketReport]:
-    """All usable tickets of a file. Raises TicketError as TicketFile does, and where no row can be used."""
-    report = TicketReport()
-    tickets = [t for _, t in TicketFile(path, personas, columns=columns, encoding=encoding, region=region).tickets(report)]
-    report.used = len(tickets)
-    if not tickets:
-        raise TicketError(f"{path}: none of its {report.rows} rows can be used; {report}")
-    return tickets, report
 
 
 def redacted(row: Any) -> Any:

@@ -102,8 +102,8 @@ class Tracker:
         if run is None:
             run = self.client.create_run(experiment_id, run_name=name, tags=whole)
         handle = Run(self, run.info.run_id, experiment_id, run.info.start_time)
-        handle.params(wanted)
         try:
+            handle.params(wanted)
             yield handle
         except BaseException:
             self.client.set_terminated(handle.id, "FAILED")
@@ -120,9 +120,9 @@ class Tracker:
             self.client.create_registered_model(model, description=f"Deskroute: {model}. Serving reads the alias {CHAMPION}.")
         of_run = [v for v in self.client.search_model_versions(f"name = '{model}'") if v.run_id == run.id]
         made = [v for v in of_run if v.tags.get(DIGEST_TAG) == digest]
-        in_force = self._aliases(model).values()
+        aliases = self._aliases(model)
         for v in of_run:
-            if v not in made and (str(v.version) not in in_force or self._aliases(model).get(CHALLENGER) == str(v.version)):
+            if v not in made and str(v.version) not in (aliases.get(CHAMPION), aliases.get(PREVIOUS)):
                 self.client.delete_model_version(model, v.version)
         logged = self._logged_before(run, digest)
         if logged is None:
@@ -144,7 +144,7 @@ class Tracker:
             description=description,
             tags={**tags, DIGEST_TAG: digest},
         )  # fmt: skip
-        if self._aliases(model).get(CHAMPION) != str(version.version):
+        if aliases.get(CHAMPION) != str(version.version):
             self.client.set_registered_model_alias(model, CHALLENGER, version.version)
         return str(version.version)
 
@@ -199,9 +199,6 @@ class Tracker:
 
     def tag_version(self, model: str, version: str, key: str, value: str) -> None:
         self.client.set_model_version_tag(model, version, key, value)
-
-    def annotate(self, model: str, version: str, description: str) -> None:
-        self.client.update_model_version(model, version, description=description)
 
     def _aliases(self, model: str) -> dict[str, str]:
         return {k: str(v) for k, v in self.client.get_registered_model(model).aliases.items()}
@@ -258,9 +255,6 @@ class Run:
 
     def text(self, text: str, file: str) -> None:
         self.tracker.client.log_text(self.id, text, file)
-
-    def files(self, folder: Path, into: str) -> None:
-        self.tracker.client.log_artifacts(self.id, str(folder), into)
 
     def tag(self, key: str, value: str) -> None:
         self.tracker.client.set_tag(self.id, key, value)

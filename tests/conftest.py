@@ -26,6 +26,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def read_tickets():
+    """A function that reads a file of tickets whole: (tickets, report, the rows kept aside)."""
+    from pipelines.tickets import TicketFile, TicketReport
+
+    def read(path: Path, personas=PERSONAS, **options):
+        aside: list = []
+        report = TicketReport(aside.append)
+        return [t for _, t in TicketFile(path, personas, **options).tickets(report)], report, aside
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level BPE tokenizer with the built-in template, trained on a few sentences."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import time
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -131,7 +132,7 @@ async def test_a_mixture_equals_pefts_weighted_merge(engine, tiny_base_folder, a
     model.add_weighted_adapter(["field", "admin"], [0.7, 0.3], "both", combination_type="cat")
     model.set_adapter("both")
     ids = encode_prompt(engine.base.tokenizer, [Message("user", "hello there")], document=None)
-    slots = {engine._slots[p]["1"]: w for p, w in gate.items()}
+    _, slots = engine._slots.take(gate, {})
     decoders = (engine._decoder, TransformersDecoder(engine.base.model, engine._bank, 2, 256))
     with torch.inference_mode():
         want = model(input_ids=torch.tensor([ids])).logits[0]
@@ -154,6 +155,35 @@ async def test_a_swapped_adapter_serves_new_rows_and_old_rows_keep_theirs(engine
     rest = [e async for e in stream]
     assert first.text + "".join(e.text for e in rest) == reference(tiny_base_folder, adapters, "long running", "field", 30)
     assert {e.versions["field"] for e in rest} == {"1"}
+
+
+async def test_a_version_held_beside_the_current_one_answers_who_names_it(engine, tiny_base_folder, adapters, tmp_path):
+    new = {"field": shared.save_adapter(tiny_base_folder, tmp_path / "new", seed=78, rank=6)}
+    loop = asyncio.get_running_loop()
+    old_text, new_text = (reference(tiny_base_folder, a, "who answers", "field", 12) for a in (adapters, new))
+    assert old_text != new_text
+
+    async def said(versions):
+        text, last = await collect(engine, ask("who answers", {"field": 1.0}, max_tokens=12, versions=versions))
+        return text, last.versions["field"]
+
+    await loop.run_in_executor(None, partial(engine.load_adapter, "field", read_adapter(new["field"], engine.base), "2", current=False))
+    assert (engine.held("field"), engine.status().versions["field"]) == (("1", "2"), "1")
+    assert [await said(v) for v in ({}, {"field": "2"}, {"field": "1"}, {"field": "9"})] == [
+        (old_text, "1"),
+        (new_text, "2"),
+        (old_text, "1"),
+        (old_text, "1"),
+    ]
+    # A row on the version that is let go of keeps it to its end; who names it later gets the current one.
+    stream = engine.generate(ask("who answers", {"field": 1.0}, max_tokens=12, versions={"field": "1"}))
+    first = await anext(stream)
+    await loop.run_in_executor(None, engine.settle, "field", "2")
+    assert first.text + "".join([e.text async for e in stream]) == old_text
+    assert engine.held("field") == ("2",)
+    assert await said({"field": "1"}) == (new_text, "2")
+    with pytest.raises(UnknownModelError, match="version 1 of the persona 'field' is not held"):
+        engine.settle("field", "1")
 
 
 async def test_slots_are_reused_so_that_swaps_do_not_grow_the_bank(engine, adapters):

@@ -12,7 +12,7 @@ import pytest
 from persona_models.errors import ConfigError, TicketError
 from pipelines.cli import main
 from pipelines.imports import NearDuplicates, import_tickets
-from pipelines.tickets import read_map, read_tickets
+from pipelines.tickets import read_map
 from router.config import load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -25,7 +25,7 @@ def write(path, rows):
     return path
 
 
-def test_servicenow(tmp_path):
+def test_servicenow(tmp_path, read_tickets):
     heading = ["number", "short_description", "description", "close_notes", "caller_id", "opened_at", "state", "assigned_to"]
     rows = [
         [
@@ -41,15 +41,15 @@ def test_servicenow(tmp_path):
         ["INC0010002", "Printer", "jams", "", "Al Gee", "01-03-2026 11:00:00", "Resolved", ""],
         ["INC0010003", "Screen", "dark", "we look", "Al Gee", "2026-03-01", "In Progress", ""],
     ]
-    (ticket,), report = read_tickets(write(tmp_path / "sn.csv", [heading, *rows]), PERSONAS, columns=read_map("servicenow"))
+    (ticket,), _, aside = read_tickets(write(tmp_path / "sn.csv", [heading, *rows]), PERSONAS, columns=read_map("servicenow"))
     assert ticket.prompt == "VPN drops\nHi, it drops on site. [NAME]"
     assert "Joan" not in ticket.answer
     assert "Piet" not in ticket.answer
     assert (ticket.requester, ticket.created.isoformat()) == ("Joan Marsh", "2026-03-01T10:00:00+00:00")
-    assert [q["reason"] for q in report.quarantine] == ["has no answer", "is not resolved (state is 'In Progress')"]
+    assert [q["reason"] for q in aside] == ["has no answer", "is not resolved (state is 'In Progress')"]
 
 
-def test_jira_takes_the_last_comment_without_its_head(tmp_path):
+def test_jira_takes_the_last_comment_without_its_head(tmp_path, read_tickets):
     heading = ["Summary", "Issue key", "Status", "Reporter", "Created", "Description", "Comment", "Comment", "Comment"]
     row = [
         "Laptop slow",
@@ -62,12 +62,12 @@ def test_jira_takes_the_last_comment_without_its_head(tmp_path):
         "31/Jan/26 3:00 PM;5f1;Remove the old agent",
         "",
     ]
-    (ticket,), _ = read_tickets(write(tmp_path / "j.csv", [heading, row]), PERSONAS, columns=read_map("jira"))
+    (ticket,), _, _ = read_tickets(write(tmp_path / "j.csv", [heading, row]), PERSONAS, columns=read_map("jira"))
     assert (ticket.prompt, ticket.answer) == ("Laptop slow\nsince Monday", "Remove the old agent")
     assert (ticket.created.hour, ticket.created.month) == (14, 1)
 
 
-def test_zendesk_json_leads_into_objects_and_lists(tmp_path):
+def test_zendesk_json_leads_into_objects_and_lists(tmp_path, read_tickets):
     row = {
         "subject": "Badge", "description": "does not open", "status": "solved", "created_at": "2026-02-01T09:00:00Z",
         "requester": {"id": 7, "name": "Max Roe", "user_fields": {"title": "Receptionist", "tenure_days": 12}},
@@ -75,16 +75,16 @@ def test_zendesk_json_leads_into_objects_and_lists(tmp_path):
     }  # fmt: skip
     path = tmp_path / "z.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    (ticket,), _ = read_tickets(path, PERSONAS, columns=read_map("zendesk"))
+    (ticket,), _, _ = read_tickets(path, PERSONAS, columns=read_map("zendesk"))
     assert (ticket.answer, ticket.requester) == ("Renewed it, [NAME].", "7")
     assert (ticket.profile.title, ticket.profile.tenure_days) == ("Receptionist", 12)
 
 
-def test_parquet_says_the_same_as_csv(tmp_path):
+def test_parquet_says_the_same_as_csv(tmp_path, read_tickets):
     frame = pandas.DataFrame({"prompt": ["vpn drops", "printer jams", ""], "answer": ["restart it", None, "x"]})
     frame.to_parquet(tmp_path / "t.parquet")
     frame.to_csv(tmp_path / "t.csv", index=False)
-    (a, of_a), (b, of_b) = (read_tickets(tmp_path / f"t.{kind}", PERSONAS) for kind in ("parquet", "csv"))
+    (a, of_a, _), (b, of_b, _) = (read_tickets(tmp_path / f"t.{kind}", PERSONAS) for kind in ("parquet", "csv"))
     assert a == b
     assert of_a.reasons == of_b.reasons == {"has no answer": 1, "has no prompt": 1}
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
@@ -92,7 +92,7 @@ def test_parquet_says_the_same_as_csv(tmp_path):
         read_tickets(tmp_path / "bad.parquet", PERSONAS)
 
 
-def test_a_map_of_ones_own_and_wrong_ones(tmp_path):
+def test_a_map_of_ones_own_and_wrong_ones(tmp_path, read_tickets):
     path = write(tmp_path / "t.csv", [["q", "a"], ["vpn drops", "restart it"]])
     (tmp_path / "mine.yaml").write_text("prompt: q\nanswer: [a]\n")
     assert read_tickets(path, PERSONAS, columns=read_map(str(tmp_path / "mine.yaml")))[0][0].prompt == "vpn drops"

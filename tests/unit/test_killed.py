@@ -52,10 +52,12 @@ sys.exit(main(argv))
 
 @pytest.fixture
 def project(tmp_path, long_base_folder):
-    training = "training: {steps: 30, rows: 2, max_tokens: 2048, rank: 2}\ngeneration: {max_tokens: 4}\n"
+    training = "training: {patience: 0, rows: 2, max_tokens: 2048, rank: 2}\ngeneration: {max_tokens: 4}\n"
     (tmp_path / "deskroute.yaml").write_text(f"base: {long_base_folder}\n{training}")
     (tmp_path / "gates.yaml").write_text("persona: []\nrouter: []\n")
     (tmp_path / "driver.py").write_text(DRIVER)
+    lines = [f"scanner {i} on the truck is dead,Restart scanner {i} and sync it,u{i % 7},field" for i in range(28)]
+    (tmp_path / "tickets.csv").write_text("\n".join(["prompt,answer,requester,persona", *lines]))
     return tmp_path
 
 
@@ -68,7 +70,7 @@ def deskroute(project: Path, where: str, *argv: str, here: bool = True, **more: 
     return subprocess.run(command, cwd=project, env=env, capture_output=True, check=False).returncode
 
 
-RETRAIN = ("retrain", "field", "--gates", "gates.yaml")
+RETRAIN = ("retrain", "field", "--tickets", "tickets.csv", "--steps", "30", "--gates", "gates.yaml")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from persona_models.errors import ConfigError, InputError, RegistryError, Ticket
 from persona_models.gated_lora import LoraBank
 from persona_models.registry import CHALLENGER, CHAMPION, DIGEST_TAG, PREVIOUS, RegistryReader
 from pipelines.cli import main
-from pipelines.promote import Gate, faults, promote, read_gates, roll_back
+from pipelines.promote import Gate, Promoter, faults, read_gates
 from router.config import load_config
 
 _spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
@@ -122,10 +122,11 @@ def test_promote_and_roll_back_move_the_aliases(retrained, capsys):
     assert reader().fetch("deskroute-field").version == "2"
     assert main(["rollback", "field"]) == 0
     assert reader().aliases("deskroute-field") == {CHAMPION: "1"}
-    assert roll_back(load_config(), "field") == ("1", "builtin")
+    moved = Promoter(load_config()).roll_back("field")
+    assert (moved.before, moved.now, moved.reply) == ("1", "builtin", None)
     assert reader().fetch("deskroute-field") is None
     with pytest.raises(InputError, match="has no champion to roll back from"):
-        roll_back(load_config(), "field")
+        Promoter(load_config()).roll_back("field")
 
 
 def test_a_version_that_fails_a_gate_stays_challenger_and_says_why(project, capsys):
@@ -271,5 +272,5 @@ def test_tickets_of_one_person_cannot_be_judged(project):
 
 def test_promoting_what_does_not_exist_changes_nothing():
     with pytest.raises(InputError):
-        promote(load_config(), "field", "1")
+        Promoter(load_config()).promote("field", "1")
     assert issubclass(TicketError, InputError)

@@ -9,7 +9,9 @@ import pytest
 
 from persona_models.errors import TicketError
 from pipelines.dataset import split_tickets
-from pipelines.tickets import Ticket, read_tickets
+from pipelines.imports import import_tickets
+from pipelines.tickets import Ticket
+from router.config import load_config
 from router.redaction import redact
 
 PERSONAS = ("leadership", "field")
@@ -21,47 +23,47 @@ def csv(tmp_path, text, encoding="utf-8"):
     return path
 
 
-def test_columns_are_found_under_their_usual_names_in_any_case(tmp_path):
+def test_columns_are_found_under_their_usual_names_in_any_case(tmp_path, read_tickets):
     path = csv(tmp_path, "Opened_At;Caller;Description;Resolution;Job_Title\n2026-01-02;u1;VPN down;Restart it;Driver\n")
-    (ticket,), report = read_tickets(path, PERSONAS)
+    (ticket,), report, _ = read_tickets(path, PERSONAS)
     assert (ticket.prompt, ticket.answer, ticket.requester, ticket.profile.title) == ("VPN down", "Restart it", "u1", "Driver")
     assert ticket.created == datetime(2026, 1, 2, tzinfo=UTC)
-    assert str(report) == "1 of 1 rows used"
+    assert (report.rows, report.reasons) == (1, {})
 
 
-def test_quoted_line_breaks_and_commas(tmp_path):
-    (ticket,), _ = read_tickets(csv(tmp_path, 'prompt,answer\n"Hello,\nVPN ""down""",Restart\n'), PERSONAS)
+def test_quoted_line_breaks_and_commas(tmp_path, read_tickets):
+    (ticket,), _, _ = read_tickets(csv(tmp_path, 'prompt,answer\n"Hello,\nVPN ""down""",Restart\n'), PERSONAS)
     assert ticket.prompt == 'Hello,\nVPN "down"'
 
 
-def test_rows_that_cannot_be_used_are_kept_aside_with_the_reason(tmp_path):
+def test_rows_that_cannot_be_used_are_kept_aside_with_the_reason(tmp_path, read_tickets):
     text = "prompt,answer,persona,created,tenure_days\nok,yes,field,,\n,yes,,,\nx,,,,\nx,y,pirate,,\nx,y,,yesterday,\nx,y,,,many\nx,y,field,,,,,\n"
-    tickets, report = read_tickets(csv(tmp_path, text), PERSONAS)
+    tickets, _, aside = read_tickets(csv(tmp_path, text), PERSONAS)
     assert len(tickets) == 1
-    reasons = [q["reason"] for q in report.quarantine]
+    reasons = [q["reason"] for q in aside]
     for part in ("no prompt", "no answer", "'pirate'", "'yesterday'", "'many'", "more fields than the heading"):
         assert sum(part in r for r in reasons) == 1, (part, reasons)
 
 
-def test_jsonl_rows_likewise(tmp_path):
+def test_jsonl_rows_likewise(tmp_path, read_tickets):
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"question": "q", "reply": "a"}) + '\n{"question": \n[1]\n\n')
-    tickets, report = read_tickets(path, PERSONAS)
+    tickets, _, aside = read_tickets(path, PERSONAS)
     assert len(tickets) == 1
-    assert [q["row"] for q in report.quarantine] == [2, 3]
+    assert [q["row"] for q in aside] == [2, 3]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_byte_order_marks_are_understood(tmp_path, encoding):
-    (ticket,), _ = read_tickets(csv(tmp_path, "prompt,answer\nSchlüssel,ja\n", encoding), PERSONAS)
+def test_byte_order_marks_are_understood(tmp_path, read_tickets, encoding):
+    (ticket,), _, _ = read_tickets(csv(tmp_path, "prompt,answer\nSchlüssel,ja\n", encoding), PERSONAS)
     assert ticket.prompt == "Schlüssel"
 
 
-def test_another_encoding_is_named_and_can_be_given(tmp_path):
+def test_another_encoding_is_named_and_can_be_given(tmp_path, read_tickets):
     path = csv(tmp_path, "prompt,answer\nok,yes\nSchlüssel,ja\n", "cp1252")
     with pytest.raises(TicketError, match=r"is not utf-8-sig text \(line 3, byte \d+\); .*--encoding cp1252"):
         read_tickets(path, PERSONAS)
-    tickets, _ = read_tickets(path, PERSONAS, encoding="cp1252")
+    tickets, _, _ = read_tickets(path, PERSONAS, encoding="cp1252")
     assert tickets[1].prompt == "Schlüssel"
     with pytest.raises(TicketError, match="the encoding 'klingon' does not exist"):
         read_tickets(path, PERSONAS, encoding="klingon")
@@ -80,12 +82,12 @@ def test_another_encoding_is_named_and_can_be_given(tmp_path):
 )
 def test_files_that_cannot_be_used(tmp_path, text, says):
     with pytest.raises(TicketError) as fault:
-        read_tickets(csv(tmp_path, text), PERSONAS)
+        import_tickets(csv(tmp_path, text), tmp_path / "out", load_config())
     assert says in fault.value.message
     assert "tickets.csv" in fault.value.message
 
 
-def test_missing_files_and_other_formats(tmp_path):
+def test_missing_files_and_other_formats(tmp_path, read_tickets):
     with pytest.raises(TicketError, match="cannot be read"):
         read_tickets(tmp_path / "none.csv", PERSONAS)
     with pytest.raises(TicketError, match=r"read from .csv, .jsonl and .parquet"):
