@@ -59,7 +59,9 @@ def read_lineup(reader: RegistryReader, personas: Sequence[str], state: Path, *,
     try:
         return reader.lineup(personas), None
     except RegistryError as e:
-        return last or Lineup(), f"{e.message}; serving " + ("the versions that were in force last" if last else "what ships")
+        return last or Lineup(time.time_ns() // 1_000_000), f"{e.message}; serving " + (
+            "the versions that were in force last" if last else "what ships"
+        )
 
 
 def model_name(persona: str) -> str:
@@ -140,6 +142,11 @@ class RegistryReader:
         version = facts.aliases.get(CHAMPION) if facts else None
         router = (self.pin(ROUTER_MODEL, str(version)) if version else None) or Pinned()
         return Lineup(read_ms, champions, trials, router)
+
+    def warm_up(self) -> None:
+        """Import MLflow and open the registry, where there is one, so that the first reload need not."""
+        if not self.empty:
+            self._found(lambda client: client.get_registered_model(ROUTER_MODEL))
 
     def aliases(self, model: str) -> dict[str, str]:
         """Alias -> version of a registered model; empty where the model does not exist."""

@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -96,7 +95,7 @@ def import_tickets(
                 if seen.seen(f"{ticket.prompt}\n{ticket.answer}"):
                     report.set_aside(number, "is a near-duplicate of an earlier row", None)
                     continue
-                kept.write(json.dumps(asdict(ticket), ensure_ascii=False, default=str) + "\n")
+                kept.write(json.dumps(vars(ticket) | {"profile": vars(ticket.profile)}, ensure_ascii=False, default=str) + "\n")
                 report.used += 1
     digests = {name: _digest(partial / name) for name in (TICKETS, QUARANTINE)}
     facts = {
@@ -154,7 +153,7 @@ class NearDuplicates:
     def __init__(self) -> None:
         from datasketch import MinHash, MinHashLSH
 
-        self._min_hash, self._index, self._n = MinHash, MinHashLSH(threshold=SAME, num_perm=64), 0
+        self._empty, self._index, self._n = MinHash(num_perm=64, seed=1), MinHashLSH(threshold=SAME, num_perm=64), 0
         self._exact: set[bytes] = set()
 
     def seen(self, text: str) -> bool:
@@ -166,7 +165,7 @@ class NearDuplicates:
         # Of very few words a single other one makes another case.
         if len(words) < 8:
             return False
-        signature = self._min_hash(num_perm=64, seed=1)
+        signature = self._empty.copy()
         signature.update_batch([" ".join(words[i : i + 3]).encode() for i in range(len(words) - 2)])
         if any(True for _ in self._index.query(signature)):
             return True

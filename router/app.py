@@ -37,13 +37,16 @@ RETRIES = 2
 DRAIN_S = 5
 
 
-def build(config: Config | Mapping[str, Any]) -> serve.Application:
-    """Bind the graph. Takes a Config, or the mapping that `serve deploy` passes as args."""
+def build(config: Config | Mapping[str, Any], *, since_ms: int | None = None) -> serve.Application:
+    """Bind the graph. Takes a Config, or the mapping that `serve deploy` passes as args.
+
+    since_ms: when the lineup in the state folder was read that replicas come up on, also those that Serve restarts later; None: they ask the registry,
+    until this server has written one down.
+    """
     if not isinstance(config, Config):
         config = Config.model_validate(dict(config))
     total = sum(pool.replicas for pool in config.pools)
-    # Replicas that Serve restarts later come up on what this server has in force, not on what the registry says by then.
-    since_ms = time.time_ns() // 1_000_000
+    since_ms = time.time_ns() // 1_000_000 if since_ms is None else since_ms
     pools = {pool.name: _pool(config, pool, total, since_ms) for pool in config.pools}
     ingress = serve.deployment(
         Ingress,

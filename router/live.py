@@ -7,6 +7,7 @@ Whatever fails on the way leaves the persona where it was. Knows nothing of HTTP
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -87,6 +88,8 @@ class Live:
                     self._save(lineup)
             except DeskrouteError:
                 await asyncio.sleep(RETRY_S)
+        with contextlib.suppress(DeskrouteError):
+            await asyncio.to_thread(self._reader.warm_up)
 
     async def reload(self) -> Reloaded:
         """Take up what the registry says now. Raises RegistryError or NotReadyError, having changed nothing, where it or a replica cannot be asked."""

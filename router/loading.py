@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from persona_models.errors import ConfigError, RegistryError
 from persona_models.lineup import Lineup, Pinned
 from persona_models.protocol import BUILTIN
-from persona_models.registry import ROUTER_MODEL, RegistryReader, read_lineup
+from persona_models.registry import ROUTER_MODEL, RegistryReader, model_name, read_lineup
 from router.classifier import PersonaClassifier
 from router.config import Config
 from router.knowledge import KnowledgeBase, load_folder
@@ -22,6 +23,22 @@ def lineup_in_force(config: Config, *, since_ms: int = 0) -> Lineup:
     lineup, note = read_lineup(reader, tuple(p.id for p in config.catalogue()), config.state, since_ms=since_ms)
     if note:
         log.warning("%s", note)
+    return lineup
+
+
+def settle_lineup(config: Config) -> Lineup:
+    """Read what is in force, once for a whole server, and write it down with its versions beside it: its replicas need not ask the registry again.
+
+    A version that cannot be fetched is left to the replicas, which say so and serve what ships. Never raises.
+    """
+    lineup = lineup_in_force(config)
+    reader = RegistryReader(config.registry_uri, config.state / "cache")
+    wanted = [(model_name(p.id), v) for p in config.catalogue() for v in lineup.wanted(p.id)] + [(ROUTER_MODEL, lineup.router)]
+    for model, pinned in wanted:
+        if pinned.version != BUILTIN:
+            with contextlib.suppress(RegistryError):
+                reader.fetch_version(model, pinned)
+    lineup.save(config.state)
     return lineup
 
 

@@ -24,7 +24,7 @@ from persona_models.errors import ConfigError, NotReadyError, WorkError
 from router import whereabouts
 from router.config import Config
 from router.feedback import FeedbackStore
-from router.loading import load_classifier, load_knowledge
+from router.loading import router_in_force, settle_lineup
 from router.loopback import HOOK
 
 READY_TIMEOUT_S = 180
@@ -40,8 +40,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"http.host: {config.http.host!r} is not an address of this machine") from None
         except OSError as e:
             raise ConfigError(f"http.port: {config.http.host}:{config.http.port} cannot be used ({e.strerror}); choose another with --port") from None
-    load_classifier(config)
-    load_knowledge(config)
+    router_in_force(config)
     FeedbackStore(config.feedback_url).close()
     if config.generation.engine == "model":
         from persona_models.base_model import check_base, gpu_count
@@ -60,6 +59,7 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
     """
     scratch = Path(tempfile.mkdtemp(prefix="deskroute-"))
     _environment(scratch)
+    lineup = settle_lineup(config)
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -84,7 +84,7 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         try:
-            serve.run(build(config), name=APP_NAME, route_prefix="/")
+            serve.run(build(config, since_ms=lineup.read_ms), name=APP_NAME, route_prefix="/")
         except RuntimeError as e:
             raise WorkError(f"the application did not start: {_cause(str(e))}") from None
         yield _wait_until_ready(config)

@@ -74,7 +74,7 @@ class Live:
 
     def ask(self, text: str, **more: object) -> tuple[str, str]:
         """(version that answered, the answer) of a streamed request; raises where it does not end with a finish reason and [DONE]."""
-        body = {"model": "field", "messages": [{"role": "user", "content": text}], "stream": True, "max_tokens": 24} | more
+        body = {"model": "field", "messages": [{"role": "user", "content": text}], "stream": True, "max_tokens": 16} | more
         version, said, finished, last = "", [], None, ""
         with httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=120) as answer:
             assert answer.status_code == 200, answer.read()
@@ -160,7 +160,7 @@ def test_ten_swaps_under_eight_clients(live):
             assert moved.reply.acknowledged("field") == "2 replicas"
             assert moved.reply.front_doors == 2
             # From here on nobody may get another version, whichever front door and replica answers.
-            assert {live.listed() for _ in range(4)} == {want}
+            assert {live.listed() for _ in range(2)} == {want}
             assert {live.ask(QUESTIONS[k % 3])[0] for k in range(3)} == {want}
             # Reading it takes seconds of a busy machine.
             if n in (0, SWAPS - 1):

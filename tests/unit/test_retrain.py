@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -33,9 +34,11 @@ OPEN_GATES = "persona: []\nrouter: []\n"
 
 
 @pytest.fixture
-def project(tmp_path, long_base_folder):
+def project(tmp_path, long_base_folder, empty_store):
     """A folder with a configuration for the tiny base, tickets of several people, and gates that let everything through."""
     training = "training: {steps: 3, epochs: 1, rows: 4, max_tokens: 2048, rank: 2}\ngeneration: {max_tokens: 8}\n"
+    (tmp_path / "state").mkdir()
+    shutil.copy(empty_store, tmp_path / "state")
     (tmp_path / "deskroute.yaml").write_text(f"base: {long_base_folder}\n{training}")
     (tmp_path / "gates.yaml").write_text(OPEN_GATES)
     lines = ["prompt,answer,requester,created"]
