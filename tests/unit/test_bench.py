@@ -50,7 +50,7 @@ def test_every_way_answers_and_is_written_down(tmp_path, long_base_folder, monke
         assert row["tokens/s"] > 0
         if row["way"] in WAYS:
             assert 0 < row["first token p50 ms"] <= row["first token p95 ms"]
-            assert 0 < row["per token p50 ms"] <= row["per token p95 ms"]
+            assert 0 <= row["per token p50 ms"] <= row["per token p95 ms"]
         assert row.get("memory MB") == (7 if row["requests"] == 6 else None)
     assert {r["of engine's base"] for r in written["rows"] if r["way"] == "engine, base"} == {1.0}
     assert (tmp_path / "engine.png").stat().st_size > 10_000
