@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import random
 import shutil
 import signal
 import socket
@@ -57,11 +58,12 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
 
     Raises NotReadyError, with what the pools say, if they are not ready in time.
     """
+    lineup = settle_lineup(config)
     scratch = Path(tempfile.mkdtemp(prefix="deskroute-"))
     _environment(scratch)
-    lineup = settle_lineup(config)
     import ray
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
 
     from router.app import APP_NAME, build
@@ -79,13 +81,13 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
             configure_logging=True,
             runtime_env={"worker_process_setup_hook": HOOK, "env_vars": {"PYTHONPATH": _python_path()}},
         )
-        serve.start(
-            http_options=HTTPOptions(host=config.http.host, port=config.http.port),
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
         try:
+            serve.start(
+                http_options=HTTPOptions(host=config.http.host, port=config.http.port),
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
             serve.run(build(config, since_ms=lineup.read_ms), name=APP_NAME, route_prefix="/")
-        except RuntimeError as e:
+        except (RuntimeError, RayError) as e:
             raise WorkError(f"the application did not start: {_cause(str(e))}") from None
         yield _wait_until_ready(config)
     finally:
@@ -177,9 +179,12 @@ def _cause(message: str) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A free port below those that the system gives to outgoing connections, of which Ray opens many before HAProxy binds this one."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise WorkError("no free port from 20000 to 32000 on 127.0.0.1; stop something that listens there")
 
 
 def _wait_until_ready(config: Config) -> dict[str, Any]:
