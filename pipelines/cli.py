@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", help="any PEFT method that changes weights: lora (default), rslora, dora, ia3, vera, loha ...")
     sub.add_argument("--steps", type=int, help="optimizer steps")
     sub.add_argument("--seed", type=int)
+    sub.add_argument("--sweep", metavar="NAMES", help="try several settings first and use the best: lr,rank or lr=0.002:0.004,rank=8:16")
     sub.add_argument("--no-promote", action="store_true", help="register as challenger only")
     sub.add_argument("--gates", type=Path, metavar="FILE", help="promotion gates (default: mlflow/promotion.yaml)")
     sub.add_argument("--server", metavar="URL", help=server)
@@ -199,7 +200,12 @@ def _retrain(args: argparse.Namespace) -> None:
         raise InputError("--tickets retrains personas; the router learns from the corpus")
     if args.unrouted and (args.what == "all" or not args.tickets):
         raise InputError("--unrouted takes every ticket that names no persona for the one persona that is retrained; give --tickets and one PERSONA")
+    if args.sweep and args.what == "router":
+        raise InputError("--sweep varies the fine-tuning of personas; the router has none")
+    if args.sweep and args.steps:
+        raise InputError("--steps and --sweep: vary the steps with --sweep steps, on tickets with --sweep epochs, or set training.steps")
     read_gates(args.gates)
+    grid = _grid(args.sweep, config) if args.sweep else None
     tickets = _import(config, args, config.state / "work" / "tickets", all_of=args.what if args.unrouted else None) if args.tickets else None
     if tickets:
         from pipelines.dataset import check_tickets
@@ -212,7 +218,7 @@ def _retrain(args: argparse.Namespace) -> None:
     outcomes = []
     for name in wanted:
         promote = not args.no_promote
-        outcome = work.router(promote=promote) if name == "router" else work.persona(name, tickets, promote=promote, steps=args.steps)
+        outcome = work.router(promote=promote) if name == "router" else work.persona(name, tickets, promote=promote, steps=args.steps, grid=grid)
         outcomes.append(outcome)
         print(outcome, flush=True)
     made = {o.name: o.adapter for o in outcomes if o.adapter}
@@ -225,6 +231,12 @@ def _retrain(args: argparse.Namespace) -> None:
     if any(o.promoted and not o.live for o in outcomes):
         print("no server runs on this state folder; `deskroute serve` uses champions from its next start")
     print("`deskroute compare` shows them side by side")
+
+
+def _grid(text: str, config: Any) -> Any:
+    from pipelines.sweep import Grid
+
+    return Grid.read(text, config.training)
 
 
 def _import(config: Any, args: argparse.Namespace, out: Path, *, all_of: str | None = None) -> Any:

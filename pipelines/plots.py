@@ -57,6 +57,26 @@ def losses(train: Sequence[float], title: str, colour: str, validation: float | 
     return figure
 
 
+def sweep(columns: Mapping[str, Sequence[Any]], values: Sequence[float], title: str, colour: str) -> Figure:
+    """Loss by setting, one panel a setting: every combination as a point, the best of each value joined by a line, the best of all ringed."""
+    figure = _figure(1.2 + 3.4 * len(columns), 3.6)
+    panels = np.atleast_1d(figure.subplots(1, len(columns), sharey=True))
+    first = min(range(len(values)), key=lambda i: values[i])
+    for axes, (name, column) in zip(panels, columns.items(), strict=True):
+        ticks = list(dict.fromkeys(column))
+        at = [ticks.index(v) for v in column]
+        axes.scatter(at, values, color=colour, alpha=0.45, s=26)
+        axes.plot(range(len(ticks)), [min(v for i, v in zip(at, values, strict=True) if i == t) for t in range(len(ticks))], color=colour, linewidth=1.6)
+        axes.scatter([at[first]], [values[first]], s=120, facecolors="none", edgecolors="black", linewidths=1.4)
+        axes.set_xticks(range(len(ticks)), [f"{t:g}" if isinstance(t, float) else str(t) for t in ticks])
+        axes.margins(x=0.15)
+        axes.set_xlabel(name)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("loss on watched answers, nats per token")
+    figure.suptitle(title)
+    return figure
+
+
 def confusion(counts: np.ndarray, labels: Sequence[str], title: str) -> Figure:
     """Confusion matrix, counts (true, predicted), shown as shares of the row."""
     figure = _figure(1.8 + 1.1 * len(labels), 1.6 + 0.7 * len(labels))

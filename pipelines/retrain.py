@@ -30,8 +30,9 @@ from pipelines.finetune import CHECKPOINT, WATCH_EVERY_STEPS, Finetuned, finetun
 from pipelines.imports import Imported
 from pipelines.judge import BASE, NEW, Judgement, judge
 from pipelines.promote import FAILED, Promoter, faults, read_gates
+from pipelines.sweep import Grid, Sweep
 from pipelines.tracking import PERSONA_EXPERIMENT, ROUTER_EXPERIMENT, Tracker
-from router.config import Config
+from router.config import Config, Training
 from router.feedback import Rating, open_for_reading
 from router.knowledge import KnowledgeBase
 from router.loading import load_knowledge
@@ -94,30 +95,28 @@ class Retraining:
         """The base; the router is retrained without it."""
         return load_base(self.config.base, dtype=self.config.dtype)
 
-    def persona(self, name: str, tickets: Imported | None, *, promote: bool, steps: int | None) -> Outcome:
-        """Retrain one persona. Raises WorkError where another process is at it."""
+    def persona(self, name: str, tickets: Imported | None, *, promote: bool, steps: int | None, grid: Grid | None = None) -> Outcome:
+        """Retrain one persona, with the best settings of a grid where one is given. Raises WorkError where another process is at it."""
         began = time.monotonic()
-        persona, training = self.catalogue[name], self.config.training
+        persona, training, given = self.catalogue[name], self.config.training, steps
         work = self.config.state / "work" / name
+
+        def prepare(training: Training) -> tuple[Dataset, int]:
+            dataset = self._dataset(name, tickets, training)
+            epochs = max(10, round(training.epochs * len(dataset.train) / training.rows))
+            return dataset, given or (training.steps if tickets is None else epochs)
+
         with _alone(work, name):
-            dataset = build_dataset(
-                name,
-                work / "dataset",
-                corpus=self.corpus,
-                knowledge=self.knowledge,
-                values=self.values,
-                tickets=tickets,
-                ratings=self.ratings,
-                corpus_train=training.rows * training.steps,
-                corpus_validation=VALIDATION,
-                seed=training.seed,
-            )
-            if steps is None:
-                steps = training.steps if tickets is None else max(10, round(training.epochs * len(dataset.train) / training.rows))
+            sweep = Sweep(grid, self.base, self.tracker, persona, work / "sweep") if grid else None
+            tags = {"stage": "train", "persona": name, "mlflow.runColor": persona.colour}
+            if sweep:
+                watch = prepare(training)[0].watch or corpus_samples(self.corpus, name, VALIDATION, seed=training.seed + 1, held_out=False)
+                training, more = sweep.run(prepare, watch, _place(sweep.folder), work)
+                tags |= more
+            dataset, steps = prepare(training)
             params = training.model_dump(mode="json", exclude={"epochs", "steps"}) | {"persona": name, "steps": steps, "base": self.config.base}
             params |= {"train_samples": len(dataset.train), "data": "tickets" if tickets else "built-in corpus"}
             params |= {"base_digest": self.base.digest, "dataset_digest": dataset.digest}
-            tags = {"stage": "train", "persona": name, "mlflow.runColor": persona.colour}
             with self.tracker.run(
                 PERSONA_EXPERIMENT,
                 f"{name}-r{training.rank}-s{training.seed}",
@@ -127,7 +126,7 @@ class Retraining:
                 work=_place(work),
             ) as run:
                 made = finetune(self.base, dataset, training, manner=persona.manner, steps=steps, work=work)
-                verdict = self._judge(persona, dataset, made)
+                verdict = self._judge(persona, training, dataset, made)
                 outcome = Outcome(name, "", False, faults(self.gates.persona, verdict.metrics, verdict.rivals), verdict.metrics, adapter=made.folder)
                 run.table(verdict.samples, "eval_samples.json")
                 if verdict.slices:
@@ -141,8 +140,12 @@ class Retraining:
                 loss = verdict.metrics["eval/loss"]
                 run.figure(plots.losses(made.history.losses, f"{persona.title}: training loss", persona.colour, loss), "plots/loss.png")
                 self._log_data(run, dataset)
+                if sweep:
+                    sweep.log(run)
                 self._promote(name, outcome, promote)
             (work / CHECKPOINT).unlink(missing_ok=True)
+            if sweep:
+                sweep.clear()
         outcome.seconds = time.monotonic() - began
         return outcome
 
@@ -194,7 +197,21 @@ class Retraining:
             run.table({"answers of": names} | {c: [float(v) for v in values[:, j]] for j, c in enumerate(["base", *names])}, "persona_matrix.json")
         return values
 
-    def _judge(self, persona: Persona, dataset: Dataset, made: Finetuned) -> Judgement:
+    def _dataset(self, name: str, tickets: Imported | None, training: Training) -> Dataset:
+        return build_dataset(
+            name,
+            self.config.state / "work" / name / "dataset",
+            corpus=self.corpus,
+            knowledge=self.knowledge,
+            values=self.values,
+            tickets=tickets,
+            ratings=self.ratings,
+            corpus_train=training.rows * training.steps,
+            corpus_validation=VALIDATION,
+            seed=training.seed,
+        )
+
+    def _judge(self, persona: Persona, training: Training, dataset: Dataset, made: Finetuned) -> Judgement:
         in_force = self.folder_in_force(persona.id)
         candidates = {NEW: read_adapter(made.folder, self.base), BASE: None}
         if in_force:
@@ -205,10 +222,10 @@ class Retraining:
             candidates,
             persona=persona.id,
             manner=persona.manner,
-            max_tokens=self.config.training.max_tokens,
+            max_tokens=training.max_tokens,
             answer_tokens=self.config.generation.max_tokens,
             shown=SHOWN,
-            seed=self.config.training.seed,
+            seed=training.seed,
         )
 
     def folder_in_force(self, persona: str) -> Path | None:

@@ -61,9 +61,9 @@ class History:
     watched: list[float] = field(default_factory=list)  # loss of the watched examples at each look
 
     @property
-    def best_look(self) -> int | None:
-        """The look with the lowest loss, the first of several."""
-        return min(range(len(self.watched)), key=lambda i: self.watched[i]) if self.watched else None
+    def since_best(self) -> int:
+        """Looks since the one with the lowest loss, the first of several."""
+        return len(self.watched) - 1 - min(range(len(self.watched)), key=lambda i: self.watched[i]) if self.watched else 0
 
 
 def rate_at(step: int, steps: int, settings: LoopSettings) -> float:
@@ -154,7 +154,7 @@ def train(
     watch: examples to look at every `settings.watch_every_steps`; the parameters end as they were at the best look, and training stops after
     `settings.patience` looks that were no better.
 
-    checkpoint: a file; a run of the same `identity` (settings, data digest) that was cut off goes on from it. A checkpoint of another identity is
+    checkpoint: a file; a run of the same `identity` (settings, data digest) that was cut off goes on from it, and one that was finished has nothing to do. A checkpoint of another identity is
     refused with WorkError, since mixing two runs would be neither.
     """
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -176,8 +176,10 @@ def train(
     watching = bool(watch) and settings.patience > 0
     model.train()
     half = trains_in_bf16(model.device)
+    # A run that had stopped early was taken up again only to be saved.
+    end = start if watching and history.since_best >= settings.patience else batches.steps
     with tqdm(total=batches.steps, initial=start, desc=title, unit="step", dynamic_ncols=True) as bar:
-        for step in range(start, batches.steps):
+        for step in range(start, end):
             # Dropout, where a configuration asks for it, must not depend on whether the run was cut off before.
             torch.manual_seed(settings.seed * 1_000_003 + step)
             for group in optimizer.param_groups:
@@ -202,15 +204,14 @@ def train(
             if watching and (done or (step + 1) % settings.watch_every_steps == 0):
                 history.watched.append(mean_loss(model, watch, pad_id))
                 model.train()
-                look = len(history.watched) - 1
-                if history.best_look == look:
+                if history.since_best == 0:
                     best = {n: p.detach().clone() for n, p in params.items()}
-                done = done or look - (history.best_look or 0) >= settings.patience
-            if done:
-                break
-            if (step + 1) % settings.save_every_steps == 0:
+                done = done or history.since_best >= settings.patience
+            if done or (step + 1) % settings.save_every_steps == 0:
                 spent = replace(history, seconds=history.seconds + bar.format_dict["elapsed"])
                 _save(checkpoint, step + 1, params, optimizer, spent, whole, best)
+            if done:
+                break
         history.seconds += bar.format_dict["elapsed"]
     with torch.no_grad():
         for name, value in best.items():
