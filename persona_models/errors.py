@@ -129,3 +129,10 @@ class RegistryError(DeskrouteError):
 
 class WorkError(DeskrouteError):
     """A pipeline stage failed after a valid start."""
+
+
+def registry_fault(error: Exception) -> str | None:
+    """MLflow's own faults and those of its store, in the middle of a stage, in a sentence; None for any other error."""
+    if type(error).__module__.partition(".")[0] not in ("mlflow", "sqlalchemy"):
+        return None
+    return f"the registry failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from persona_models.errors import DeskrouteError, InputError
+from persona_models.errors import DeskrouteError, InputError, registry_fault
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -42,10 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"deskroute: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
         return 1
     except Exception as e:
-        # The registry's own faults in the middle of a command, when it goes away after it has answered.
-        if type(e).__module__.partition(".")[0] not in ("mlflow", "sqlalchemy"):
+        # When it goes away after it has answered.
+        fault = registry_fault(e)
+        if fault is None:
             raise
-        print(f"deskroute: the registry failed: {str(e).strip().splitlines()[0]}; run the same command again to go on", file=sys.stderr)
+        print(f"deskroute: {fault}; run the same command again to go on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("deskroute: interrupted; run the same command again to go on", file=sys.stderr)
@@ -100,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--gates", type=Path, metavar="FILE", help="promotion gates (default: mlflow/promotion.yaml)")
     sub.add_argument("--server", metavar="URL", help=server)
     sub.add_argument("--export", type=Path, metavar="DIR", help="also copy the finished artefacts there, for shipping")
+
+    sub = add("nightly", _nightly, "the whole way for the router and every persona; what has not changed is skipped; for cron")
+    sub.add_argument("--tickets", type=Path, metavar="FILE", help="the export to learn from (default: nightly.tickets of the configuration)")
+    exported(sub)
+    sub.add_argument("--gates", type=Path, metavar="FILE", help="promotion gates (default: mlflow/promotion.yaml)")
+    sub.add_argument("--server", metavar="URL", help=server)
+    sub.add_argument("--again", action="store_true", help="also what has not changed since the last night")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: reports in the state folder)")
 
     sub = add("tickets", _tickets, "check, redact and sort a ticket export without training on it")
     sub.add_argument("tickets", type=Path, metavar="FILE", help="CSV, JSONL or Parquet")
@@ -248,6 +257,24 @@ def _import(config: Any, args: argparse.Namespace, out: Path, *, all_of: str | N
     if found.facts["kept_aside"]:
         print(f"the rows kept aside, with their reasons: {out / QUARANTINE}", file=sys.stderr)
     return found
+
+
+def _nightly(args: argparse.Namespace) -> None:
+    if not sys.stderr.isatty():
+        # Cron mails what a command prints, and nobody reads bars in a mail. tqdm reads this when it is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    from pipelines.nightly import Nightly
+
+    tickets = args.tickets.absolute() if args.tickets else None
+    named = {"tickets": tickets, "map": args.map, "encoding": args.encoding, "region": args.region}
+    config = _config(args, **{f"nightly__{k}": v for k, v in named.items()})
+    out = args.out or config.state / "reports"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is no folder")
+    report = Nightly(config, gates=args.gates, server=args.server, again=args.again).run(out)
+    print(report.markdown())
+    if not report.ok:
+        raise DeskrouteError(f"{report.summary}; the report: {out}")
 
 
 def _tickets(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ This file knows nothing of tokens or models.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -105,6 +106,16 @@ class Corpus:
     def conversations(self) -> tuple[dict[str, Any], ...]:
         """Conversations that came to no end: `messages`, the last one a user's, and the `persona` of the user."""
         return tuple(self._router_rows("conversations"))
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits over the name and content of every file that models learn from."""
+        digest = hashlib.sha256()
+        learnt = ("articles", "prompts", "manner", "router")
+        for path in [self.folder / "slots.yaml", *sorted(p for part in learnt for p in (self.folder / part).rglob("*") if p.is_file())]:
+            digest.update(str(path.relative_to(self.folder)).encode())
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
 
     def _router_rows(self, name: str) -> list[dict[str, Any]]:
         """Rows of a file that a company's own corpus may lack."""

@@ -66,7 +66,9 @@ def sweep(columns: Mapping[str, Sequence[Any]], values: Sequence[float], title: 
         ticks = list(dict.fromkeys(column))
         at = [ticks.index(v) for v in column]
         axes.scatter(at, values, color=colour, alpha=0.45, s=26)
-        axes.plot(range(len(ticks)), [min(v for i, v in zip(at, values, strict=True) if i == t) for t in range(len(ticks))], color=colour, linewidth=1.6)
+        axes.plot(
+            range(len(ticks)), [min(v for i, v in zip(at, values, strict=True) if i == t) for t in range(len(ticks))], color=colour, linewidth=1.6
+        )
         axes.scatter([at[first]], [values[first]], s=120, facecolors="none", edgecolors="black", linewidths=1.4)
         axes.set_xticks(range(len(ticks)), [f"{t:g}" if isinstance(t, float) else str(t) for t in ticks])
         axes.margins(x=0.15)

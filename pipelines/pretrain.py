@@ -6,7 +6,6 @@ command around it, which also writes the run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -174,23 +173,13 @@ def copy_start(model: Qwen2ForCausalLM) -> None:
         second.o_proj.weight[own, rows] = 4 * std * basis[head * n : (head + 1) * n].T
 
 
-def corpus_digest(folder: Path) -> str:
-    """16 hex digits over the name and content of every file that models learn from."""
-    digest = hashlib.sha256()
-    learnt = ("articles", "prompts", "manner", "router")
-    for path in [folder / "slots.yaml", *sorted(p for part in learnt for p in (folder / part).rglob("*") if p.is_file())]:
-        digest.update(str(path.relative_to(folder)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def pretrain(corpus: Corpus, out: Path, work: Path, settings: PretrainSettings) -> PretrainReport:
     """Train tokenizer and base, and write them to `out` in Hugging Face's layout.
 
     `work` keeps the checkpoint of a run that is cut off; calling again goes on from it. `out` is replaced only when everything is written.
     """
     composer = Composer(corpus, settings.seed)
-    digest = corpus_digest(corpus.folder)
+    digest = corpus.digest
     sample = [composer.example(i) for i in range(6000)]
     texts = [t for e in sample for t in (e.document, e.answer, *(m.content for m in e.messages))]
     tokenizer = build_tokenizer(texts, settings.vocab)

@@ -106,6 +106,11 @@ def faults(gates: tuple[Gate, ...], metrics: Mapping[str, float], rivals: Mappin
     return [f for f in (gate.fault(metrics, rivals) for gate in gates) if f]
 
 
+def verdict_on(failed: list[str]) -> str:
+    """What a version's description says of its gates."""
+    return FAILED + "; ".join(failed) if failed else "Passed every gate."
+
+
 def check_export(out: Path, names: list[str]) -> None:
     """Refuse to replace a folder that holds no artefact. Raises InputError."""
     for name in [*names, "router"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import shutil
 import socket
 import time
@@ -29,7 +30,7 @@ from pipelines.evaluate import persona_matrix
 from pipelines.finetune import CHECKPOINT, WATCH_EVERY_STEPS, Finetuned, finetune
 from pipelines.imports import Imported
 from pipelines.judge import BASE, NEW, Judgement, judge
-from pipelines.promote import FAILED, Promoter, faults, read_gates
+from pipelines.promote import Promoter, faults, read_gates, verdict_on
 from pipelines.sweep import Grid, Sweep
 from pipelines.tracking import PERSONA_EXPERIMENT, ROUTER_EXPERIMENT, Tracker
 from router.config import Config, Training
@@ -53,6 +54,7 @@ class Outcome:
     promoted: bool
     faults: list[str]
     metrics: dict[str, float] = field(default_factory=dict)
+    rivals: dict[str, dict[str, float]] = field(default_factory=dict)  # "base" and "champion" -> their metrics of the same names
     seconds: float = 0.0
     adapter: Path | None = None
     live: str = ""
@@ -98,15 +100,13 @@ class Retraining:
     def persona(self, name: str, tickets: Imported | None, *, promote: bool, steps: int | None, grid: Grid | None = None) -> Outcome:
         """Retrain one persona, with the best settings of a grid where one is given. Raises WorkError where another process is at it."""
         began = time.monotonic()
-        persona, training, given = self.catalogue[name], self.config.training, steps
-        work = self.config.state / "work" / name
+        persona, training = self.catalogue[name], self.config.training
+        work = self._work(name)
 
         def prepare(training: Training) -> tuple[Dataset, int]:
-            dataset = self._dataset(name, tickets, training)
-            epochs = max(10, round(training.epochs * len(dataset.train) / training.rows))
-            return dataset, given or (training.steps if tickets is None else epochs)
+            return self._prepare(name, tickets, steps, training)
 
-        with _alone(work, name):
+        with alone(work, f"retrain {name}"):
             sweep = Sweep(grid, self.base, self.tracker, persona, work / "sweep") if grid else None
             tags = {"stage": "train", "persona": name, "mlflow.runColor": persona.colour}
             if sweep:
@@ -127,7 +127,8 @@ class Retraining:
             ) as run:
                 made = finetune(self.base, dataset, training, manner=persona.manner, steps=steps, work=work)
                 verdict = self._judge(persona, training, dataset, made)
-                outcome = Outcome(name, "", False, faults(self.gates.persona, verdict.metrics, verdict.rivals), verdict.metrics, adapter=made.folder)
+                failed = faults(self.gates.persona, verdict.metrics, verdict.rivals)
+                outcome = Outcome(name, "", False, failed, verdict.metrics, verdict.rivals, adapter=made.folder)
                 run.table(verdict.samples, "eval_samples.json")
                 if verdict.slices:
                     run.table({k: [row.get(k) for row in verdict.slices] for k in verdict.slices[0]}, "eval_slices.json")
@@ -154,11 +155,11 @@ class Retraining:
         from pipelines.train_router import train_router
 
         began = time.monotonic()
-        work = self.config.state / "work" / "router"
+        work = self._work("router")
         seed = self.config.training.seed
         tags = {"stage": "train", "router": "yes"}
         with (
-            _alone(work, "router"),
+            alone(work, "retrain router"),
             self.tracker.run(
                 ROUTER_EXPERIMENT, f"router-s{seed}", tags=tags, params={"seed": seed}, description="Router and knowledge index.", work=_place(work)
             ) as run,
@@ -174,8 +175,8 @@ class Retraining:
             run.table({"topic": [c[0] for c in report.retrieval_confusions], "found": [c[1] for c in report.retrieval_confusions],
                        "times": [c[2] for c in report.retrieval_confusions]}, "retrieval_confusions.json")  # fmt: skip
             champion = self.registry.aliases(ROUTER_MODEL).get(CHAMPION)
-            old = self.registry.versions(ROUTER_MODEL)[champion].metrics if champion else {}
-            outcome = Outcome("router", "", False, faults(self.gates.router, metrics, {"champion": old}), metrics, adapter=work / "artefact")
+            rivals = {CHAMPION: self.registry.versions(ROUTER_MODEL)[champion].metrics} if champion else {}
+            outcome = Outcome("router", "", False, faults(self.gates.router, metrics, rivals), metrics, rivals, adapter=work / "artefact")
             self._register(run, ROUTER_MODEL, work / "artefact", outcome, tags)
             self._promote("router", outcome, promote)
         outcome.seconds = time.monotonic() - began
@@ -197,10 +198,25 @@ class Retraining:
             run.table({"answers of": names} | {c: [float(v) for v in values[:, j]] for j, c in enumerate(["base", *names])}, "persona_matrix.json")
         return values
 
-    def _dataset(self, name: str, tickets: Imported | None, training: Training) -> Dataset:
-        return build_dataset(
+    def inputs(self, name: str, tickets: Imported | None) -> str:
+        """A digest of everything that a retraining of `name` is made from: where it is the same, so would be the version."""
+        if name == "router":
+            facts: dict[str, Any] = {"corpus": self.corpus.digest, "seed": self.config.training.seed, "personas": list(self.catalogue)}
+        else:
+            with alone(self._work(name), f"retrain {name}"):
+                dataset, steps = self._prepare(name, tickets, None, self.config.training)
+            facts = {"dataset": dataset.digest, "base": self.base.digest, "steps": steps, "training": self.config.training.model_dump(mode="json")}
+            facts["manner"] = self.catalogue[name].manner
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _work(self, name: str) -> Path:
+        return self.config.state / "work" / name
+
+    def _prepare(self, name: str, tickets: Imported | None, steps: int | None, training: Training) -> tuple[Dataset, int]:
+        """The dataset for some settings, and the optimizer steps on it where none are given."""
+        dataset = build_dataset(
             name,
-            self.config.state / "work" / name / "dataset",
+            self._work(name) / "dataset",
             corpus=self.corpus,
             knowledge=self.knowledge,
             values=self.values,
@@ -210,6 +226,8 @@ class Retraining:
             corpus_validation=VALIDATION,
             seed=training.seed,
         )
+        on_tickets = max(10, round(training.epochs * len(dataset.train) / training.rows))
+        return dataset, steps or (training.steps if tickets is None else on_tickets)
 
     def _judge(self, persona: Persona, training: Training, dataset: Dataset, made: Finetuned) -> Judgement:
         in_force = self.folder_in_force(persona.id)
@@ -252,8 +270,7 @@ class Retraining:
         run.text((dataset.folder / "manifest.json").read_text(encoding="utf-8"), "dataset/manifest.json")
 
     def _register(self, run: Any, model: str, folder: Path, outcome: Outcome, tags: Mapping[str, str]) -> None:
-        description = FAILED + "; ".join(outcome.faults) if outcome.faults else "Passed every gate."
-        outcome.version = self.tracker.register(run, model, folder, metrics=outcome.metrics, description=description, tags=tags)
+        outcome.version = self.tracker.register(run, model, folder, metrics=outcome.metrics, description=verdict_on(outcome.faults), tags=tags)
         run.tag("version", outcome.version)
 
     def _promote(self, name: str, outcome: Outcome, wanted: bool) -> None:
@@ -269,14 +286,14 @@ class Retraining:
 
 
 @contextlib.contextmanager
-def _alone(work: Path, name: str) -> Iterator[None]:
+def alone(work: Path, command: str) -> Iterator[None]:
     """Only one process at a time works in a folder; the system frees the lock when that process ends, however it ends."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise WorkError(f"another `deskroute retrain {name}` is running on this state folder; wait for it, or stop it") from None
+            raise WorkError(f"another `deskroute {command}` is running on this state folder; wait for it, or stop it") from None
         yield
 
 

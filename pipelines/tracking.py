@@ -111,7 +111,7 @@ class Tracker:
         self.client.set_terminated(handle.id, "FINISHED")
 
     def register(self, run: Run, model: str, folder: Path, *, metrics: Mapping[str, float], description: str, tags: Mapping[str, str]) -> str:
-        """Log a folder as a raw model of the run, register it, and point the alias `challenger` at it. Returns the version.
+        """Log a folder as a raw model of the run, register it, and point the alias `challenger` at it unless one is on trial. Returns the version.
 
         What a killed process had done of it already is used, or taken away where it is half done.
         """
@@ -144,7 +144,8 @@ class Tracker:
             description=description,
             tags={**tags, DIGEST_TAG: digest},
         )  # fmt: skip
-        if aliases.get(CHAMPION) != str(version.version):
+        # A challenger that is on trial stays one: the trial is of what that alias points to.
+        if aliases.get(CHAMPION) != str(version.version) and TRIAL_TAG not in self.client.get_registered_model(model).tags:
             self.client.set_registered_model_alias(model, CHALLENGER, version.version)
         return str(version.version)
 
@@ -196,6 +197,9 @@ class Tracker:
         self.end_trial(model)
         if trial:
             self.client.set_registered_model_tag(model, TRIAL_TAG, trial)
+
+    def describe(self, model: str, version: str, description: str) -> None:
+        self.client.update_model_version(model, version, description)
 
     def tag_version(self, model: str, version: str, key: str, value: str) -> None:
         self.client.set_model_version_tag(model, version, key, value)

@@ -154,8 +154,8 @@ def train(
     watch: examples to look at every `settings.watch_every_steps`; the parameters end as they were at the best look, and training stops after
     `settings.patience` looks that were no better.
 
-    checkpoint: a file; a run of the same `identity` (settings, data digest) that was cut off goes on from it, and one that was finished has nothing to do. A checkpoint of another identity is
-    refused with WorkError, since mixing two runs would be neither.
+    checkpoint: a file; a run of the same `identity` (settings, data digest) that was cut off goes on from it, and one that was finished has nothing to
+    do. A checkpoint of another identity is refused with WorkError, since mixing two runs would be neither.
     """
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decay = [p for n, p in params.items() if p.ndim >= 2]

@@ -1,6 +1,7 @@
 """deskroute.yaml -> one frozen object. Every key is optional; an unknown one is an error that names the file, the key and the nearest known key.
 
-Environment variables carry only addresses and secrets and are read here, once: DESKROUTE_HOME, DESKROUTE_API_KEYS, MLFLOW_TRACKING_URI.
+Environment variables carry only addresses and secrets and are read here, once: DESKROUTE_HOME, DESKROUTE_API_KEYS, DESKROUTE_REPORT_URL,
+MLFLOW_TRACKING_URI.
 """
 
 from __future__ import annotations
@@ -123,6 +124,18 @@ class Training(Section):
     seed: int = 11
 
 
+class Nightly(Section):
+    """`deskroute nightly`; its flags override these."""
+
+    tickets: Path | None = Field(None, description="the export to learn from; None: the built-in corpus")
+    map: str | None = Field(None, description="which columns carry what: servicenow, jira, zendesk, or a YAML file")
+    encoding: str | None = Field(None, description="of the export, where it is not UTF-8")
+    region: str | None = Field(None, description="country of phone numbers without a country code, for example DE")
+    report_url: str | None = Field(
+        None, repr=False, description="where the report is posted; set by DESKROUTE_REPORT_URL, since such addresses often are secrets"
+    )
+
+
 class Config(Section):
     """Everything, with defaults that run on a laptop."""
 
@@ -143,6 +156,7 @@ class Config(Section):
     feedback: Feedback = Feedback()
     registry: Registry = Registry()
     training: Training = Training()
+    nightly: Nightly = Nightly()
     state: Path = Field(Path(".deskroute"), description="state folder; DESKROUTE_HOME overrides it")
     api_keys: tuple[str, ...] = Field(
         (), repr=False, description="set by DESKROUTE_API_KEYS (comma-separated), not in the file; empty: no key is needed"
@@ -216,6 +230,8 @@ def load_config(path: Path | None = None, **overrides: Any) -> Config:
         raw["api_keys"] = tuple(k.strip() for k in keys.split(",") if k.strip())
     if home := os.environ.get("DESKROUTE_HOME"):
         raw["state"] = home
+    if url := os.environ.get("DESKROUTE_REPORT_URL"):
+        overrides["nightly__report_url"] = url
     for dotted, value in overrides.items():
         if value is None:
             continue
@@ -254,8 +270,9 @@ def _anchor(raw: dict[str, Any], folder: Path) -> None:
     for key in ("personas", "state", "knowledge", "corpus"):
         if isinstance(raw.get(key), str):
             raw[key] = str(folder / raw[key])
-    if isinstance(raw.get("knowledge"), dict) and isinstance(raw["knowledge"].get("folder"), str):
-        raw["knowledge"]["folder"] = str(folder / raw["knowledge"]["folder"])
+    for section, key in (("knowledge", "folder"), ("nightly", "tickets")):
+        if isinstance(raw.get(section), dict) and isinstance(raw[section].get(key), str):
+            raw[section][key] = str(folder / raw[section][key])
     for key in ("base", "router"):
         value = raw.get(key)
         if isinstance(value, str) and value.startswith(("./", "../")):
