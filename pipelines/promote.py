@@ -30,6 +30,7 @@ class Gate(Section):
     """One bound on one metric; see mlflow/promotion.yaml."""
 
     metric: str
+    slice: Literal["register", "tenure", "length"] | None = None
     against: Literal["base", "champion"] | None = None
     at_most: float | None = None
     at_least: float | None = None
@@ -38,18 +39,26 @@ class Gate(Section):
     def _one_bound(self) -> Self:
         if (self.at_most is None) == (self.at_least is None):
             raise ValueError(f"the gate on {self.metric} needs exactly one of at_most and at_least")
+        if self.slice and self.metric != "eval/loss":
+            raise ValueError(f"the gate on {self.metric} has a slice, and only eval/loss is measured by kind of request")
         return self
 
     def fault(self, metrics: Mapping[str, float], rivals: Mapping[str, Mapping[str, float]]) -> str | None:
-        """Why the gate is shut, or None where it is open."""
-        if self.metric not in metrics:
-            return f"{self.metric} was not measured"
-        value, shown = metrics[self.metric], self.metric
+        """Why the gate is shut, or None where it is open. One by slice is shut where it is for any kind of request that was measured."""
+        if self.slice:
+            kinds = sorted(m for m in metrics if m.startswith(f"slice/{self.slice}_"))
+            return "; ".join(f for f in (self._fault(m, metrics, rivals) for m in kinds) if f) or None
+        return self._fault(self.metric, metrics, rivals)
+
+    def _fault(self, metric: str, metrics: Mapping[str, float], rivals: Mapping[str, Mapping[str, float]]) -> str | None:
+        if metric not in metrics:
+            return f"{metric} was not measured"
+        value, shown = metrics[metric], metric
         if self.against:
-            other = rivals.get(self.against, {}).get(self.metric)
+            other = rivals.get(self.against, {}).get(metric)
             if other is None:
                 return None
-            value, shown = value / other if other else float("inf"), f"{self.metric} / {self.against}'s"
+            value, shown = value / other if other else float("inf"), f"{metric} / {self.against}'s"
         if self.at_most is not None and not value <= self.at_most:
             return f"{shown} is {value:.4g}, may be at most {self.at_most:g}"
         if self.at_least is not None and not value >= self.at_least:

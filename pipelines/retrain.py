@@ -30,9 +30,9 @@ from pipelines.evaluate import persona_matrix
 from pipelines.finetune import CHECKPOINT, WATCH_EVERY_STEPS, Finetuned, finetune
 from pipelines.imports import Imported
 from pipelines.judge import BASE, NEW, Judgement, judge
-from pipelines.promote import Promoter, faults, read_gates, verdict_on
+from pipelines.promote import Promoter, faults, read_gates, registered_model, verdict_on
 from pipelines.sweep import Grid, Sweep
-from pipelines.tracking import PERSONA_EXPERIMENT, ROUTER_EXPERIMENT, Tracker
+from pipelines.tracking import PERSONA_EXPERIMENT, ROUTER_EXPERIMENT, Run, Tracker
 from router.config import Config, Training
 from router.feedback import Rating, open_for_reading
 from router.knowledge import KnowledgeBase
@@ -116,7 +116,8 @@ class Retraining:
             dataset, steps = prepare(training)
             params = training.model_dump(mode="json", exclude={"epochs", "steps"}) | {"persona": name, "steps": steps, "base": self.config.base}
             params |= {"train_samples": len(dataset.train), "data": "tickets" if tickets else "built-in corpus"}
-            params |= {"base_digest": self.base.digest, "dataset_digest": dataset.digest}
+            # Not among the parameters, which the compare page takes for axes.
+            tags |= {"base_digest": self.base.digest, "dataset_digest": dataset.digest}
             with self.tracker.run(
                 PERSONA_EXPERIMENT,
                 f"{name}-r{training.rank}-s{training.seed}",
@@ -133,7 +134,7 @@ class Retraining:
                 if verdict.slices:
                     run.table({k: [row.get(k) for row in verdict.slices] for k in verdict.slices[0]}, "eval_slices.json")
                 # Before the curve: MLflow colours its parallel-coordinates plot by the metric that came first.
-                self._register(run, model_name(name), made.folder, outcome, tags)
+                self._register(run, made.folder, outcome, f"{persona.title}: {persona.who}.")
                 run.series({"train/loss": made.history.losses})
                 if made.history.watched:
                     run.series({"train/watched_loss": made.history.watched}, first_step=WATCH_EVERY_STEPS, every=WATCH_EVERY_STEPS)
@@ -177,7 +178,7 @@ class Retraining:
             champion = self.registry.aliases(ROUTER_MODEL).get(CHAMPION)
             rivals = {CHAMPION: self.registry.versions(ROUTER_MODEL)[champion].metrics} if champion else {}
             outcome = Outcome("router", "", False, faults(self.gates.router, metrics, rivals), metrics, rivals, adapter=work / "artefact")
-            self._register(run, ROUTER_MODEL, work / "artefact", outcome, tags)
+            self._register(run, work / "artefact", outcome, "Persona classifier, in-domain score and knowledge index.")
             self._promote("router", outcome, promote)
         outcome.seconds = time.monotonic() - began
         return outcome
@@ -263,14 +264,22 @@ class Retraining:
         found = self.registry.fetch(model_name(persona))
         return found.folder if found else None
 
-    def _log_data(self, run: Any, dataset: Dataset) -> None:
+    def _log_data(self, run: Run, dataset: Dataset) -> None:
         for split, context, name in ((dataset.train, "train", f"{dataset.persona}-train"), (dataset.validation, "eval", "deskroute-eval")):
             rows = [{"prompt": s.messages[-1].content, "answer": s.answer, "source": s.source} for s in split]
             run.dataset(rows, name, context, f"dataset {dataset.digest}")
         run.text((dataset.folder / "manifest.json").read_text(encoding="utf-8"), "dataset/manifest.json")
 
-    def _register(self, run: Any, model: str, folder: Path, outcome: Outcome, tags: Mapping[str, str]) -> None:
-        outcome.version = self.tracker.register(run, model, folder, metrics=outcome.metrics, description=verdict_on(outcome.faults), tags=tags)
+    def _register(self, run: Run, folder: Path, outcome: Outcome, about: str) -> None:
+        outcome.version = self.tracker.register(
+            run,
+            registered_model(self.config, outcome.name),
+            folder,
+            metrics=outcome.metrics,
+            about=f"{about} Serving reads the alias {CHAMPION}.",
+            description=verdict_on(outcome.faults),
+            tags={"name": outcome.name},
+        )
         run.tag("version", outcome.version)
 
     def _promote(self, name: str, outcome: Outcome, wanted: bool) -> None:

@@ -154,8 +154,9 @@ class Sweep:
         with self.tracker.run(
             PERSONA_EXPERIMENT,
             f"{self.persona.id}-sweep-{i + 1}",
-            tags={"stage": "sweep", "persona": self.persona.id, "sweep": self.id, "mlflow.runColor": self.persona.colour},
-            params=params | {"dataset_digest": dataset.digest, "base_digest": self.base.digest},
+            tags={"stage": "sweep", "persona": self.persona.id, "sweep": self.id, "mlflow.runColor": self.persona.colour}
+            | {"dataset_digest": dataset.digest, "base_digest": self.base.digest},
+            params=params,
             description=f"{self.persona.title}: {_said(varied)}.",
             work=f"{place}/{i}",
         ) as run:

@@ -43,6 +43,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         import mlflow
         from mlflow import MlflowClient
 
@@ -61,12 +62,12 @@ class Tracker:
             raise RegistryError(f"MLflow at {uri} cannot be used: {str(e).strip().splitlines()[0]}") from None
 
     def experiment(self, name: str) -> str:
-        """Id of an experiment, made where it is missing. A local store keeps its artefacts in the state folder."""
+        """Id of an experiment, made where it is missing. A store without a server keeps its artefacts in the state folder."""
         try:
             found = self.client.get_experiment_by_name(name)
             if found:
                 return str(found.experiment_id)
-            place = (self._artifacts / name).absolute().as_uri() if self.uri.startswith("sqlite:///") else None
+            place = None if self.uri.startswith("http") else (self._artifacts / name).absolute().as_uri()
             return str(self.client.create_experiment(name, artifact_location=place, tags={"mlflow.note.content": NOTES.get(name, "")}))
         except Exception as e:
             raise RegistryError(f"MLflow at {self.uri} cannot be used: {str(e).strip().splitlines()[0]}") from None
@@ -85,7 +86,7 @@ class Tracker:
         """A run that ends FINISHED, or FAILED when the block raises.
 
         work: what the run works on, where only one process does at a time. A run that is still RUNNING for it is one whose process was killed: it is
-        taken up again where its parameters are the same, so that nothing is there twice, and ended as KILLED where they are others.
+        taken up again where its tags and parameters are the same, so that nothing is there twice, and ended as KILLED where they are others.
         """
         experiment_id = self.experiment(experiment)
         whole = {**tags, "mlflow.note.content": description}
@@ -95,7 +96,7 @@ class Tracker:
             whole[WORK_TAG] = work
             for left in self.client.search_runs([experiment_id], f"tags.`{WORK_TAG}` = '{work}' and attributes.status = 'RUNNING'"):
                 # One that was killed before its parameters were written has none yet.
-                if run is None and left.data.params.items() <= wanted.items():
+                if run is None and left.data.params.items() <= wanted.items() and tags.items() <= left.data.tags.items():
                     run = left
                 else:
                     self.client.set_terminated(left.info.run_id, "KILLED")
@@ -110,14 +111,17 @@ class Tracker:
             raise
         self.client.set_terminated(handle.id, "FINISHED")
 
-    def register(self, run: Run, model: str, folder: Path, *, metrics: Mapping[str, float], description: str, tags: Mapping[str, str]) -> str:
+    def register(
+        self, run: Run, model: str, folder: Path, *, metrics: Mapping[str, float], about: str, description: str, tags: Mapping[str, str]
+    ) -> str:
         """Log a folder as a raw model of the run, register it, and point the alias `challenger` at it unless one is on trial. Returns the version.
 
-        What a killed process had done of it already is used, or taken away where it is half done.
+        about: what the model is, for its page; description: how the version did. What a killed process had done of it already is used, or taken away
+        where it is half done.
         """
         digest = folder_digest(folder)
         with contextlib.suppress(self._mlflow.exceptions.MlflowException):
-            self.client.create_registered_model(model, description=f"Deskroute: {model}. Serving reads the alias {CHAMPION}.")
+            self.client.create_registered_model(model, description=about)
         of_run = [v for v in self.client.search_model_versions(f"name = '{model}'") if v.run_id == run.id]
         made = [v for v in of_run if v.tags.get(DIGEST_TAG) == digest]
         aliases = self._aliases(model)

@@ -41,7 +41,7 @@ def variant(folder: Path, scale: float) -> Path:
 def register(state: Path, folder: Path, model: str = "deskroute-field") -> str:
     tracker = Tracker(f"sqlite:///{state / 'mlflow.db'}", state / "artifacts")
     with tracker.run(PERSONA_EXPERIMENT, "made by hand", tags={"persona": "field"}, params={}) as run:
-        return tracker.register(run, model, folder, metrics={"eval/loss": 0.1}, description="Passed every gate.", tags={})
+        return tracker.register(run, model, folder, metrics={"eval/loss": 0.1}, about="", description="Passed every gate.", tags={})
 
 
 def is_replica(pid: int) -> bool:

@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+SLICED = Gate(metric="eval/loss", slice="length", against="champion", at_most=1.2)
 OPEN_GATES = "persona: []\nrouter: []\n"
 
 
@@ -251,6 +252,15 @@ def test_route_file_answers_line_by_line(project, capsys):
         (Gate(metric="m", at_most=1.0, against="champion"), {"m": 2.0}, {}, None),
         (Gate(metric="m", at_most=1.0), {"m": float("nan")}, {}, "m is nan, may be at most 1"),
         (Gate(metric="m", at_most=1.0), {}, {}, "m was not measured"),
+        (SLICED, {"slice/length_short_loss": 1.1, "slice/tenure_new_loss": 9.0}, {"champion": {"slice/length_short_loss": 1.0}}, None),
+        (
+            SLICED,
+            {"slice/length_short_loss": 1.3, "slice/length_long_loss": 1.0},
+            {"champion": {"slice/length_short_loss": 1.0, "slice/length_long_loss": 1.0}},
+            "slice/length_short_loss / champion's is 1.3, may be at most 1.2",
+        ),
+        # No kind had enough held-out answers.
+        (SLICED, {"eval/loss": 9.0}, {}, None),
     ],
 )
 def test_gates(gate, metrics, rivals, fault):
@@ -262,6 +272,9 @@ def test_the_shipped_gates_load_and_a_typo_is_named(tmp_path):
     path = tmp_path / "gates.yaml"
     path.write_text("persona: [{metrik: eval/loss, at_most: 1}]\n")
     with pytest.raises(ConfigError, match=r"gates.yaml: persona.0.metri"):
+        read_gates(path)
+    path.write_text("persona: [{metric: eval/ends, slice: length, at_least: 0.5}]\n")
+    with pytest.raises(ConfigError, match="only eval/loss is measured by kind of request"):
         read_gates(path)
     path.write_text("persona: [{metric: eval/loss}]\n")
     with pytest.raises(ConfigError, match="exactly one of at_most and at_least"):
