@@ -1,4 +1,4 @@
-"""`deskroute bench router|engine|gateway`: how fast, in this run on this machine. Medians, and ratios within one run, since machines are noisy.
+"""`deskroute bench router|engine|gateway|finetune`: how fast, in this run on this machine. Medians, and ratios within one run, since machines are noisy.
 
 The engine's half imports neither Ray nor MLflow.
 """
@@ -20,9 +20,9 @@ from pipelines.workload import PROMPTS
 
 def bench(what: str, out: Path | None, config: Any) -> None:
     """Run one benchmark, print its table, and write it as JSON where asked; the engine's is drawn as well. Raises InputError for an unknown one."""
-    runs: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"router": bench_router, "gateway": bench_gateway}
+    runs: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"router": bench_router, "gateway": bench_gateway, "finetune": _finetune}
     if what not in (*runs, "engine"):
-        raise InputError(f"bench: {what!r} is not one of router, engine, gateway")
+        raise InputError(f"bench: {what!r} is not one of router, engine, gateway, finetune")
     if what == "engine":
         from pipelines.bench_engine import bench_engine
 
@@ -40,6 +40,12 @@ def bench(what: str, out: Path | None, config: Any) -> None:
     rows = runs[what](config)
     _report(rows, [])
     _write(out, what, rows, [])
+
+
+def _finetune(config: Any) -> list[dict[str, Any]]:
+    from pipelines.bench_finetune import bench_finetune
+
+    return bench_finetune(config)
 
 
 def _report(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> None:

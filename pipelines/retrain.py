@@ -134,14 +134,14 @@ class Retraining:
                 if verdict.slices:
                     run.table({k: [row.get(k) for row in verdict.slices] for k in verdict.slices[0]}, "eval_slices.json")
                 # Before the curve: MLflow colours its parallel-coordinates plot by the metric that came first.
-                self._register(run, made.folder, outcome, f"{persona.title}: {persona.who}.")
+                measured_on = self._log_data(run, dataset)
+                self._register(run, made.folder, outcome, f"{persona.title}: {persona.who}.", measured_on)
                 run.series({"train/loss": made.history.losses})
                 if made.history.watched:
                     run.series({"train/watched_loss": made.history.watched}, first_step=WATCH_EVERY_STEPS, every=WATCH_EVERY_STEPS)
                 run.metrics({"train/tokens": made.history.tokens, "train/seconds": made.history.seconds, "train/steps": len(made.history.losses)})
                 loss = verdict.metrics["eval/loss"]
                 run.figure(plots.losses(made.history.losses, f"{persona.title}: training loss", persona.colour, loss), "plots/loss.png")
-                self._log_data(run, dataset)
                 if sweep:
                     sweep.log(run)
                 self._promote(name, outcome, promote)
@@ -264,13 +264,15 @@ class Retraining:
         found = self.registry.fetch(model_name(persona))
         return found.folder if found else None
 
-    def _log_data(self, run: Run, dataset: Dataset) -> None:
+    def _log_data(self, run: Run, dataset: Dataset) -> tuple[str, str]:
+        """Log what was trained on and judged by; name and digest of the latter."""
         for split, context, name in ((dataset.train, "train", f"{dataset.persona}-train"), (dataset.validation, "eval", "deskroute-eval")):
             rows = [{"prompt": s.messages[-1].content, "answer": s.answer, "source": s.source} for s in split]
-            run.dataset(rows, name, context, f"dataset {dataset.digest}")
+            logged = run.dataset(rows, name, context, f"dataset {dataset.digest}")
         run.text((dataset.folder / "manifest.json").read_text(encoding="utf-8"), "dataset/manifest.json")
+        return logged
 
-    def _register(self, run: Run, folder: Path, outcome: Outcome, about: str) -> None:
+    def _register(self, run: Run, folder: Path, outcome: Outcome, about: str, measured_on: tuple[str, str] | None = None) -> None:
         outcome.version = self.tracker.register(
             run,
             registered_model(self.config, outcome.name),
@@ -279,6 +281,7 @@ class Retraining:
             about=f"{about} Serving reads the alias {CHAMPION}.",
             description=verdict_on(outcome.faults),
             tags={"name": outcome.name},
+            measured_on=measured_on,
         )
         run.tag("version", outcome.version)
 

@@ -9,14 +9,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
 from persona_models.errors import InputError, WorkError
+from persona_models.protocol import Message
 from pipelines.compose import HELD_OUT
 from router.article import Article, read_article
-from router.features import Profile, Query
+from router.features import Profile, Query, words_of
 
 FOLDS = 5
 
@@ -48,6 +50,25 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Talk:
+    """A conversation whose last turn is a user's, and the persona of who wrote that turn."""
+
+    messages: tuple[Message, ...]
+    persona: str
+    voice: str
+    kind: str = ""  # follow_up: the last turn tells nothing; changed: it is of somebody else
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A message that holds one request or two of different personas: parts are pieces of its text with their personas."""
+
+    text: str
+    parts: tuple[tuple[str, str], ...]
+    voice: str
+
+
+@dataclass(frozen=True)
 class Titles:
     """Job titles and departments by persona. Who has been there for fewer than `first_days` is of `newcomers`, whatever the title, save `lasting`."""
 
@@ -72,6 +93,9 @@ class RouterData:
     odd: tuple[Labelled, ...] = ()  # requests that look like none
     titles: Titles = field(default_factory=Titles)
     phrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # topic -> words and turns by which people speak of it
+    lexicon: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # word lists by what their words have in common
+    talks: tuple[Talk, ...] = ()
+    requests: tuple[Requests, ...] = ()
 
 
 def read_router_corpus(corpus_dir: Path, personas: Sequence[str] = ()) -> RouterData:
@@ -99,6 +123,13 @@ def read_router_corpus(corpus_dir: Path, personas: Sequence[str] = ()) -> Router
         uncovered=tuple(_rows(router / "uncovered.jsonl", personas)),
         odd=tuple(_rows(router / "odd_requests.jsonl", personas)),
         titles=_titles(router / "titles.yaml", personas),
+        lexicon=_lexicon(router / "lexicon"),
+        talks=tuple(
+            Talk(_messages(r), str(r["persona"]), str(r["voice"]), str(r.get("kind", "")))
+            for name in ("conversations", "talks")
+            for r in _objects(router / f"{name}.jsonl")
+        ),
+        requests=tuple(_requests(r) for r in _objects(router / "two_requests.jsonl")),
         phrases={p.stem: _lines(p) for p in sorted((corpus_dir / "phrases").glob("*.txt")) if p.stem in known},
     )
 
@@ -153,6 +184,29 @@ def _rows(path: Path, personas: Sequence[str], *, needs_persona: bool = False) -
     return rows
 
 
+def _objects(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that a corpus may lack, one a line, each with a voice."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for n, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not row.get("voice"):
+                raise WorkError(f"{path}:{n}: must be an object with a voice")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, ValueError) as e:
+        raise WorkError(f"{path}: cannot be read: {e}") from None
+    return rows
+
+
+def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    return tuple(Message(m["role"], m["content"]) for m in row["messages"])
+
+
+def _requests(row: Mapping[str, Any]) -> Requests:
+    parts = tuple((str(p["text"]), str(p["persona"])) for p in row["parts"])
+    return Requests(str(row["text"]), parts, str(row["voice"]))
+
+
 def _lines(path: Path) -> tuple[str, ...]:
     try:
         return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
@@ -173,6 +227,20 @@ def _titles(path: Path, personas: Sequence[str]) -> Titles:
     if strangers := {*read.titles, *read.departments, read.newcomers, *read.lasting} - set(personas or read.titles):
         raise WorkError(f"{path}: {', '.join(sorted(strangers))}: no persona of the catalogue ({', '.join(personas)})")
     return read
+
+
+def _lexicon(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The word lists of every file in a folder, their entries as words_of gives them, and one more of all that stand in a file. A corpus may have none."""
+    lists: dict[str, tuple[str, ...]] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            for name, entries in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+                plain = (" ".join(words_of(str(e))) for e in entries)
+                lists[str(name)] = tuple(e for e in dict.fromkeys(plain) if e)
+                lists[f"{path.stem} words"] = (*lists.get(f"{path.stem} words", ()), *lists[str(name)])
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as e:
+            raise WorkError(f"{path}: must hold lists of words by name ({e})") from None
+    return lists
 
 
 def _first_values(path: Path) -> dict[str, str]:

@@ -12,9 +12,11 @@ import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
 
 from pipelines.router_corpus import Labelled, RouterData
+from pipelines.train_segments import measure_segments
 from router.classifier import PersonaClassifier
 from router.knowledge import KnowledgeBase
-from router.policy import PolicySettings
+from router.policy import PolicySettings, decide
+from router.segment import Segmenter
 
 RELIABILITY_BINS = 10
 
@@ -46,14 +48,15 @@ def measure(data: RouterData, classifier: PersonaClassifier, knowledge: Knowledg
         guess, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
         np.add.at(confusion, (label, guess), 1)
         reliability = _reliability(sure, guess == label)
-        bar = PolicySettings().min_confidence
+        fell = _fell_back(classifier, known)
         metrics |= {
             "accuracy_text": float((guess == label).mean()),
             "macro_f1_text": float(f1_score(label, guess, average="macro", labels=range(len(personas)), zero_division=0)),
             "ece_text": float((reliability["count"] * np.abs(reliability["confidence"] - reliability["accuracy"])).sum() / len(known)),
             "brier_text": float(((probabilities - np.eye(len(personas))[label]) ** 2).sum(axis=1).mean()),
-            "coverage_at_threshold": float((sure >= bar).mean()),
-            "accuracy_at_threshold": float((guess == label)[sure >= bar].mean()) if (sure >= bar).any() else 0.0,
+            "fallback_of_known": float(fell.mean()),
+            "accuracy_at_threshold": float((guess == label)[~fell].mean()) if not fell.all() else 0.0,
+            "accuracy_at_80": float((guess == label)[np.argsort(-sure, kind="stable")[: int(0.8 * len(sure))]].mean()),
         }
         for i in np.flatnonzero(guess != label):
             errors.append({"kind": "persona", "text": known[i].text, "is": known[i].persona, "got": personas[guess[i]], "confidence": float(sure[i])})
@@ -68,12 +71,17 @@ def measure(data: RouterData, classifier: PersonaClassifier, knowledge: Knowledg
         )
     neutral = [r for r in data.neutral if r.held_out]
     if neutral:
-        metrics["neutral_below_threshold"] = float(
-            (classifier.probabilities([r.text_only for r in neutral])[0].max(axis=1) < PolicySettings().min_confidence).mean()
-        )
+        metrics["fallback_of_neutral"] = float(_fell_back(classifier, neutral).mean())
     metrics |= _measure_in_domain(classifier, [*known, *with_profile, *neutral], [r for r in data.out_of_domain if r.held_out], errors)
+    metrics |= measure_segments(classifier, Segmenter.from_facts(classifier.segments), data)
     more, confusions = _measure_retrieval(data, knowledge, errors)
     return RouterReport("", metrics | more | _latency(classifier, knowledge, known), tuple(personas), confusion, reliability, confusions, errors)
+
+
+def _fell_back(classifier: PersonaClassifier, rows: Sequence[Labelled]) -> np.ndarray:
+    """Which texts are answered by nobody's persona, or by two: a mixture says as well that the sender is not sure (N,)."""
+    settings = PolicySettings(min_in_domain=0.0)
+    return np.array([decide(s, settings).decision != "persona" for s in classifier.score([r.text_only for r in rows])])
 
 
 def _reliability(sure: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:

@@ -112,12 +112,21 @@ class Tracker:
         self.client.set_terminated(handle.id, "FINISHED")
 
     def register(
-        self, run: Run, model: str, folder: Path, *, metrics: Mapping[str, float], about: str, description: str, tags: Mapping[str, str]
+        self,
+        run: Run,
+        model: str,
+        folder: Path,
+        *,
+        metrics: Mapping[str, float],
+        about: str,
+        description: str,
+        tags: Mapping[str, str],
+        measured_on: tuple[str, str] | None = None,
     ) -> str:
         """Log a folder as a raw model of the run, register it, and point the alias `challenger` at it unless one is on trial. Returns the version.
 
-        about: what the model is, for its page; description: how the version did. What a killed process had done of it already is used, or taken away
-        where it is half done.
+        about: what the model is, for its page; description: how the version did; measured_on: name and digest of the dataset that the metrics
+        are of. What a killed process had done of it already is used, or taken away where it is half done.
         """
         digest = folder_digest(folder)
         with contextlib.suppress(self._mlflow.exceptions.MlflowException):
@@ -137,7 +146,9 @@ class Tracker:
             logged = self.client.finalize_logged_model(logged.model_id, "READY")
         entity = self._mlflow.entities
         known = {m.key for m in self.client.get_logged_model(logged.model_id).metrics or ()}
-        values = [entity.Metric(k, float(v), run.start_ms, 0, model_id=logged.model_id, run_id=run.id) for k, v in metrics.items() if k not in known]
+        name, data = measured_on or (None, None)
+        of = {"model_id": logged.model_id, "run_id": run.id, "dataset_name": name, "dataset_digest": data}
+        values = [entity.Metric(k, float(v), run.start_ms, 0, **of) for k, v in metrics.items() if k not in known]
         if values:
             self.client.log_batch(run.id, metrics=values)
         version = made[0] if made else self.client.create_model_version(
@@ -238,8 +249,8 @@ class Run:
         for i in range(0, len(points), 1000):
             self.tracker.client.log_batch(self.id, metrics=points[i : i + 1000])
 
-    def dataset(self, rows: Sequence[Mapping[str, Any]], name: str, context: str, source: str) -> None:
-        """A dataset input. Runs that are to be compared share the name of their evaluation set."""
+    def dataset(self, rows: Sequence[Mapping[str, Any]], name: str, context: str, source: str) -> tuple[str, str]:
+        """A dataset input; its name and digest. Runs that are to be compared share the name of their evaluation set."""
         import pandas
         from mlflow.data.code_dataset_source import CodeDatasetSource
         from mlflow.data.pandas_dataset import from_pandas
@@ -248,6 +259,7 @@ class Run:
         data = from_pandas(pandas.DataFrame(rows), source=CodeDatasetSource({"mlflow.source.name": source}), name=name)
         tag = InputTag("mlflow.data.context", context)
         self.tracker.client.log_inputs(self.id, [DatasetInput(data._to_mlflow_entity(), [tag])])
+        return data.name, data.digest
 
     def table(self, columns: Mapping[str, Sequence[Any]], file: str) -> None:
         """A table, as the UI's table view reads it. MLflow's own log_table would append to what a killed process had written."""

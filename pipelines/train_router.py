@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -26,17 +26,21 @@ from persona_models.errors import WorkError
 from pipelines.router_corpus import FOLDS, Labelled, RouterData, Titles, folds, read_router_corpus, seen
 from pipelines.router_report import RouterReport, measure
 from pipelines.train_knowledge import fit_knowledge
-from router.classifier import MANIFEST, PersonaClassifier, sigmoid, softmax
+from pipelines.train_segments import fit_decay, fit_segmenter
+from router.classifier import MANIFEST, PersonaClassifier, Tells, sigmoid, softmax
 from router.features import FeatureSpace, Profile, TextSpace
 from router.knowledge import KnowledgeBase
+from router.lexicon import Lexicon
 
 # Strength of the fits (scikit-learn's C) and of the pull of term weights towards 1; chosen on voices left out of training.
 PERSONA_C = 3.0
 IN_DOMAIN_C = 30.0
+TELLS_C = 1.0
 PROFILE_WEIGHT = 2.0
 PROFILES_PER_TITLE = 2
 # What calibration may cost: the share of real requests declined, and of right articles withheld.
 MAX_FALSE_DECLINES = 0.01
+MAX_FALSE_FALLBACKS = 0.04
 
 
 def train_router(corpus_dir: Path, out_dir: Path, personas: Sequence[str], seed: int = 0) -> RouterReport:
@@ -65,25 +69,48 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
     strangers = seen(data.out_of_domain)
     odd = seen((*data.odd, *data.uncovered))
     everybody = list(dict.fromkeys(r.text for r in (*everyone, *neutral, *odd, *strangers)))
-    space = FeatureSpace.fit(queries, TextSpace.fit(everybody), profile_weight=PROFILE_WEIGHT)
+    space = FeatureSpace.fit(queries, TextSpace.fit(everybody), profile_weight=PROFILE_WEIGHT, lexicon=Lexicon(data.lexicon))
     label = np.array([list(personas).index(r.persona) for r in rows])
     # What came with a profile says nothing by itself ("is the wifi down?"): without it, it is one more neutral text. Taught with its sender's
     # persona instead, it only adds noise: 0.19 of such texts from unseen authors were right, no better than chance.
-    x, undecided = space.rows(queries), space.rows(r.text_only for r in (*neutral, *(r for r in rows if r.profile and r.text)))
+    silent = [*neutral, *(r for r in rows if r.profile and r.text)]
+    n_undecided = len(silent)
+    silent += [r for r in everyone if not r.tells and not r.profile]
+    x, quiet_x = space.rows(queries), space.rows(r.text_only for r in silent)
+    weights, bias = _fit_personas(x, label, quiet_x[:n_undecided], len(personas))
+    speaks = np.array([bool(r.text) and not r.profile for r in rows])
+    said = sparse.vstack([x[speaks], quiet_x]).tocsr()
+    tells = np.array([1] * int(speaks.sum()) + [0] * len(silent))
 
-    unseen = np.zeros((len(rows), len(personas)))
-    for fold in folds([r.voice for r in rows], seed):
-        w, b = _fit_personas(x[~fold], label[~fold], undecided, len(personas))
-        unseen[fold] = x[fold] @ w + b
+    # What each text gets from models that have not seen its author.
+    unseen, unseen_silent = np.zeros((len(rows), len(personas))), np.zeros((len(silent), len(personas)))
+    unseen_tells = np.zeros(len(tells))
+    of_silent = np.array([r.voice for r in silent])
+    of_rows = np.array([r.voice for r in rows])
+    of_said = np.concatenate([of_rows[speaks], of_silent])
+    for voices in _parts([*of_rows, *of_silent], seed):
+        mine, quiet, both = (np.isin(of, voices) for of in (of_rows, of_silent, of_said))
+        w, b = _fit_personas(x[~mine], label[~mine], quiet_x[:n_undecided][~quiet[:n_undecided]], len(personas))
+        unseen[mine], unseen_silent[quiet] = x[mine] @ w + b, quiet_x[quiet] @ w + b
+        if len(set(tells[~both])) == 2:
+            model = _fit_tells(said[~both], tells[~both])
+            unseen_tells[both] = model.decision_function(said[both])
     temperature = _temperature(unseen, label)
-    weights, bias = _fit_personas(x, label, undecided, len(personas))
+    leading = softmax(np.vstack([unseen[speaks], unseen_silent]) / temperature).max(axis=1)
+    # Texts were marked as silent where a router was of another mind than their author: of what a router makes of them, they say nothing.
+    fair = np.arange(len(tells)) < int(speaks.sum()) + n_undecided
+    known = _calibrate_tells(leading[fair], unseen_tells[fair], tells[fair], _fit_tells(said, tells)) if len(set(tells[fair])) == 2 else None
 
     requests = [*everyone, *neutral, *odd]
     request = np.array([1] * len(requests) + [0] * len(strangers))
     inside, inside_bias, threshold = np.zeros(len(space)), 10.0, 0.0
     if strangers and len({r.voice for r in strangers}) > 1:
         inside, inside_bias, threshold = _fit_in_domain(space, [*requests, *strangers], request, seed)
-    return PersonaClassifier(space, personas, np.column_stack([weights, inside]), np.append(bias, inside_bias), temperature, threshold)
+    made = PersonaClassifier(space, personas, np.column_stack([weights, inside]), np.append(bias, inside_bias), temperature, threshold, tells=known)
+    made.decay = fit_decay(made, data.talks)
+    segmenter = fit_segmenter(made, data, seed)
+    made.segments = segmenter.facts() if segmenter else None
+    return made
 
 
 def _profiles(titles: Titles, seed: int) -> list[Labelled]:
@@ -138,6 +165,29 @@ def _fit_one(x: sparse.csr_matrix, positive: np.ndarray, undecided: sparse.csr_m
     importance *= len(labels) / importance.sum()
     model = LogisticRegression(C=PERSONA_C, max_iter=300).fit((everything @ sparse.diags(ratio)).tocsr(), labels, sample_weight=importance)
     return model.coef_[0] * ratio, float(model.intercept_[0])
+
+
+def _parts(voices: Sequence[str], seed: int) -> Iterator[np.ndarray]:
+    """The names of voices in up to FOLDS parts."""
+    names = np.array(sorted(set(voices)))
+    for mask in folds(list(names), seed):
+        yield names[mask]
+
+
+def _fit_tells(x: sparse.csr_matrix, tells: np.ndarray) -> LogisticRegression:
+    return LogisticRegression(C=TELLS_C, max_iter=300, class_weight="balanced").fit(x, tells)
+
+
+def _calibrate_tells(leading: np.ndarray, score: np.ndarray, tells: np.ndarray, model: LogisticRegression) -> Tells:
+    """How a model of whether a text tells goes together with the leading persona's probability.
+
+    leading, score: as unseen models gave them. The threshold lets MAX_FALSE_FALLBACKS of the texts that tell fall back.
+    """
+    p = np.clip(leading, 1e-6, 1 - 1e-6)
+    joint = LogisticRegression(class_weight="balanced").fit(np.column_stack([np.log(p / (1 - p)), score]), tells)
+    lead, own = (float(v) for v in joint.coef_[0])
+    made = Tells(model.coef_[0].astype(np.float32), float(model.intercept_[0]), lead, own, float(joint.intercept_[0]), 0.0)
+    return replace(made, least=float(np.quantile(made.known(leading, score)[tells == 1], MAX_FALSE_FALLBACKS)))
 
 
 def _temperature(logits: np.ndarray, label: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ FILE = "classifier.safetensors"
 MANIFEST = "manifest.json"
 FORMAT = 1
 MAX_REASONS = 5
+# What a profile counts as a text that tells, in log-odds.
+PROFILE_TELLS = 3.0
 # Contributions below this, in log-odds, decide nothing and would read as noise.
 MIN_REASON = 0.05
 
@@ -39,12 +41,35 @@ class Reason:
 
 @dataclass(frozen=True)
 class Scores:
-    """One query's scores. `personas` is in catalogue order and sums to 1; a query with in_domain below min_in_domain is no helpdesk request."""
+    """One query's scores. `personas` is in catalogue order and sums to 1; a query with in_domain below min_in_domain is no helpdesk request.
+
+    known: how likely it is that text or profile give the sender away at all; below min_known the personas' scores are a guess.
+    """
 
     personas: dict[str, float]
     in_domain: float
     reasons: tuple[Reason, ...] = ()
     min_in_domain: float = 0.5
+    known: float = 1.0
+    min_known: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tells:
+    """A linear model of whether a text gives its sender away, weights (F,); with the leading persona's log-odds it makes a probability:
+    sigmoid(lead * log-odds + own * score + shift). Below `least` nobody is picked."""
+
+    weights: np.ndarray
+    bias: float
+    lead: float
+    own: float
+    shift: float
+    least: float
+
+    def known(self, leading: np.ndarray, score: np.ndarray) -> np.ndarray:
+        """leading: probability of the leading persona (N,); score: of the linear model (N,)."""
+        p = np.clip(leading, 1e-6, 1 - 1e-6)
+        return sigmoid(self.lead * np.log(p / (1 - p)) + self.own * score + self.shift)
 
 
 class PersonaClassifier:
@@ -59,8 +84,16 @@ class PersonaClassifier:
         temperature: float,
         min_in_domain: float,
         version: str = "unsaved",
+        *,
+        decay: float = 0.5,
+        segments: Mapping[str, Any] | None = None,
+        tells: Tells | None = None,
     ) -> None:
-        """weights: (F, P + 1), bias: (P + 1,); the last column is the in-domain model, its own calibration already multiplied in."""
+        """weights: (F, P + 1), bias: (P + 1,); the last column is the in-domain model, its own calibration already multiplied in.
+
+        decay: what a user turn's evidence for a persona still counts one turn later; segments: the numbers of router/segment.py, if it was fitted;
+        tells: without it every sender counts as known.
+        """
         if weights.shape != (len(space), len(personas) + 1) or bias.shape != (len(personas) + 1,):
             raise ConfigError(f"router: weights {weights.shape} and bias {bias.shape} do not fit {len(space)} features and {len(personas)} personas")
         if not (np.isfinite(weights).all() and np.isfinite(bias).all()) or not temperature > 0:
@@ -72,6 +105,9 @@ class PersonaClassifier:
         self.temperature = float(temperature)
         self.min_in_domain = float(min_in_domain)
         self.version = version
+        self.decay = float(decay)
+        self.segments = segments
+        self.tells = tells
 
     def score(self, queries: Sequence[Query]) -> list[Scores]:
         """Score queries, each by itself; about a third of a millisecond a query."""
@@ -81,29 +117,64 @@ class PersonaClassifier:
         """Persona probabilities (N, P) and in-domain probabilities (N,), without reasons."""
         if not queries:
             return np.zeros((0, len(self.personas))), np.zeros(0)
-        raw = np.stack([self._raw(*self.space.row(query)) for query in queries])
+        raw = np.stack([self._raw_of(query, *self._row(query)) for query in queries])
         return softmax(raw[:, :-1] / self.temperature), sigmoid(raw[:, -1])
 
-    def _raw(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    def known(self, queries: Sequence[Query]) -> np.ndarray:
+        """How likely it is that each query gives its sender away (N,)."""
+        return np.array([s.known for s in self.score(queries)])
+
+    def _row(self, query: Query) -> tuple[np.ndarray, np.ndarray]:
+        """What speaks for the personas: the last turn with the profile, and earlier turns with less weight the older they are. A column may recur."""
+        if not query.turns:
+            return self.space.row(query)
+        rows = [self.space.row(Query(query.turns[0], query.profile))]
+        for age, turn in enumerate(query.turns[1:], 1):
+            columns, values = self.space.text_row(turn)
+            rows.append((columns, values * np.float32(self.decay**age)))
+        return np.concatenate([c for c, _ in rows]), np.concatenate([v for _, v in rows])
+
+    def _raw_of(self, query: Query, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Scores (P + 1,). Whether it is a request is a matter of the last turn, and of the ones before where it says too little."""
+        raw = self.raw(columns, values)
+        if query.turns:
+            columns, values = self.space.text_row(query.text)
+            raw[-1] = self.raw(columns, values)[-1]
+        return raw
+
+    def raw(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """A feature row -> scores (P + 1,) in log-odds, before temperature; the last is that of being a request."""
         raw: np.ndarray = values.astype(np.float64) @ self.weights[columns].astype(np.float64) + self.bias
         return raw
 
     def _score(self, query: Query) -> Scores:
-        columns, values = self.space.row(query)
-        raw = self._raw(columns, values)
+        columns, values = self._row(query)
+        raw = self._raw_of(query, columns, values)
         personas = softmax(raw[None, :-1] / self.temperature)[0]
         best = int(personas.argmax())
+        known = 1.0
+        if self.tells:
+            score = float(values @ self.tells.weights[columns]) + self.tells.bias
+            if query.profile.title or query.profile.department or query.profile.tenure_days is not None:
+                score = max(score, PROFILE_TELLS)
+            known = float(self.tells.known(personas[best : best + 1], np.array([score]))[0])
         return Scores(
             personas={p: float(s) for p, s in zip(self.personas, personas, strict=True)},
             in_domain=float(sigmoid(raw[-1:])[0]),
             reasons=self._reasons(query, columns, values, best),
             min_in_domain=self.min_in_domain,
+            known=known,
+            min_known=self.tells.least if self.tells else 0.0,
         )
 
     def _reasons(self, query: Query, columns: np.ndarray, values: np.ndarray, best: int) -> tuple[Reason, ...]:
         weights = self.weights[columns, :-1]  # (n, P)
         shares = values * (weights[:, best] - weights.mean(axis=1)) / self.temperature
-        found = self.space.reasons(query, dict(zip(columns.tolist(), shares.tolist(), strict=True)))
+        by_column: dict[int, float] = {}
+        for column, share in zip(columns.tolist(), shares.tolist(), strict=True):
+            by_column[column] = by_column.get(column, 0.0) + share
+        whole = Query("\n".join(query.turns), query.profile) if query.turns else query
+        found = self.space.reasons(whole, by_column)
         return tuple(Reason(name, self.personas[best], round(w, 4)) for name, w in found[:MAX_REASONS] if w >= MIN_REASON)
 
     def save(self, folder: Path) -> str:
@@ -113,9 +184,15 @@ class PersonaClassifier:
             "personas": self.personas,
             "temperature": self.temperature,
             "min_in_domain": self.min_in_domain,
+            "decay": self.decay,
+            "segments": self.segments,
+            "tells": None if self.tells is None else {k: v for k, v in vars(self.tells).items() if k != "weights"},
         }
         # One metadata key only: safetensors writes several in no fixed order, and the version is a digest of the bytes.
-        data = save(self.space.arrays() | {"weights": self.weights, "bias": self.bias}, metadata={"deskroute": json.dumps(about)})
+        arrays = self.space.arrays() | {"weights": self.weights, "bias": self.bias}
+        if self.tells:
+            arrays["tells"] = self.tells.weights
+        data = save(arrays, metadata={"deskroute": json.dumps(about)})
         (folder / FILE).write_bytes(data)
         self.version = digest(data)
         return self.version
@@ -132,6 +209,12 @@ class PersonaClassifier:
                 raise ConfigError(f"router: {folder} is of format {about['format']}, this version reads {FORMAT}; run `deskroute retrain router`")
             trained = tuple(str(p) for p in about["personas"])
             parts = arrays["weights"], arrays["bias"], float(about["temperature"]), float(about["min_in_domain"])
+            # Older artefacts have none of these.
+            decay, segments = float(about.get("decay", 0.5)), about.get("segments")
+            numbers = about.get("tells")
+            tells = Tells(arrays["tells"], **{k: float(v) for k, v in numbers.items()}) if numbers else None
+            if tells and tells.weights.shape != (arrays["weights"].shape[0],):
+                raise ValueError(f"{tells.weights.shape[0]} weights of what tells for {arrays['weights'].shape[0]} features")
         except (KeyError, TypeError, ValueError) as e:
             raise ConfigError(f"router: {folder / FILE} is damaged ({e}); run `deskroute retrain router`") from None
         if personas and trained != tuple(personas):
@@ -139,7 +222,7 @@ class PersonaClassifier:
                 f"router: {folder} was trained for the personas {', '.join(trained)}, the catalogue has {', '.join(personas)}; "
                 "run `deskroute retrain router` after changing personas.yaml"
             )
-        return cls(FeatureSpace.from_arrays(arrays), trained, *parts, version=version)
+        return cls(FeatureSpace.from_arrays(arrays), trained, *parts, version=version, decay=decay, segments=segments, tells=tells)
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any], str]:

@@ -117,7 +117,7 @@ class Training(Section):
     )
     lr: float = Field(4e-3, gt=0)
     steps: int = Field(120, ge=1, description="optimizer steps on the built-in corpus; on tickets `epochs` counts")
-    epochs: float = Field(6, gt=0)
+    epochs: float = Field(2, gt=0)
     patience: int = Field(3, ge=0, description="on tickets: looks, every 20 steps, without a better loss before training stops; 0 never stops early")
     rows: int = Field(8, ge=1, description="examples per step")
     max_tokens: int = Field(1024, ge=32, description="longer examples are cut")

@@ -20,11 +20,13 @@ from persona_models.protocol import BASE, Engine, GenerateRequest, Message, Toke
 from router.article import fill, handover_document
 from router.classifier import PersonaClassifier
 from router.config import Config
-from router.features import Profile, query_of
+from router.features import Profile, Query, query_of
 from router.feedback import FeedbackStore
 from router.knowledge import KnowledgeBase, Match
-from router.policy import Route, decide
+from router.policy import Route, decide, together
 from router.schema import ChatRequest, DeskrouteBlock, FeedbackRequest, ReasonBlock, RouteInput, SegmentBlock, SourceBlock, parse_model
+from router.segment import Segmenter, split
+from router.stream import in_turn
 from router.telemetry import Telemetry, log, new_request_id
 
 # Answers of a challenger in the shadow that are made at the same time; beyond that people come first.
@@ -36,14 +38,22 @@ DECLINED = (
 
 
 @dataclass(frozen=True)
+class Part:
+    """One request of a message: what its model reads, and how much of each persona's adapter (gate) answers."""
+
+    messages: tuple[Message, ...]
+    document: str
+    gate: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What will be done with one request."""
+    """What will be done with one message; most hold one request, and have one part."""
 
     request_id: str
     route: Route
     block: DeskrouteBlock
-    document: str
-    gate: dict[str, float]
+    parts: tuple[Part, ...]
     versions: dict[str, str]
 
 
@@ -72,6 +82,7 @@ class Desk:
     def take_up(self, classifier: PersonaClassifier, knowledge: KnowledgeBase) -> None:
         """Route by another classifier and other articles from the next request on."""
         self.classifier, self.knowledge = classifier, knowledge
+        self.segmenter = Segmenter.from_facts(classifier.segments)
         self.values = {**knowledge.values, **self.config.desk.values()}
 
     # -- routing ----------------------------------------------------------------------------------------------------------------------------
@@ -89,10 +100,19 @@ class Desk:
             route = Route("fallback", None, max(scores.personas.values()), reason="the base was asked for")
         else:
             route = Route("persona", model, scores.personas[model], reason="the persona was asked for")
-        match = self.knowledge.best(query.text) if route.decision != "decline" else None
-        gate = self._gate(route, asked=model)
-        lead = max(gate, key=lambda p: gate[p]) if gate else None
-        document = match.article.render(lead, values=self.values) if match else handover_document(self.values)
+        found = self._requests(query, profile) if model is None and route.decision != "decline" else []
+        if found:
+            route = together([r for _, r in found])
+        else:
+            found = [(query.text, route)]
+        matches = [self.knowledge.best(text) if route.decision != "decline" else None for text, _ in found]
+        parts = []
+        for (text, of), match in zip(found, matches, strict=True):
+            gate = self._gate(of, asked=model)
+            lead = max(gate, key=lambda p: gate[p]) if gate else None
+            document = match.article.render(lead, values=self.values) if match else handover_document(self.values)
+            said = tuple(messages) if len(found) == 1 else _with_last_user(messages, text)
+            parts.append(Part(said, document, gate))
         request_id = request_id or new_request_id()
         block = DeskrouteBlock(
             request_id=request_id,
@@ -102,9 +122,12 @@ class Desk:
             scores={p: _round(s) for p, s in scores.personas.items()},
             in_domain=_round(scores.in_domain),
             mix={p: _round(w) for p, w in route.mix.items()},
-            segments=[SegmentBlock(text=_last_user(messages), persona=route.persona, confidence=_round(route.confidence))],
+            segments=[
+                SegmentBlock(text=_last_user(messages) if len(found) == 1 else text, persona=of.persona, confidence=_round(of.confidence))
+                for text, of in found
+            ],
             reasons=[ReasonBlock(feature=r.feature, persona=r.persona, weight=_round(r.weight)) for r in scores.reasons],
-            sources=_sources(match),
+            sources=_sources(matches),
             versions={},
             router_version=self.classifier.version,
         )
@@ -112,9 +135,27 @@ class Desk:
         if self.lineup:
             # Somebody who does not say who they are keeps their version for as long as their conversation begins with the same words.
             whose = user or next(m.content for m in messages if m.role == "user")
-            versions = {p: self.lineup.version_for(p, whose) for p in gate}
+            versions = {p: self.lineup.version_for(p, whose) for part in parts for p in part.gate}
         self.telemetry.route_s.observe(time.perf_counter() - began)
-        return Plan(request_id, route, block, document, gate, versions)
+        return Plan(request_id, route, block, tuple(parts), versions)
+
+    def _requests(self, query: Query, profile: Profile) -> list[tuple[str, Route]]:
+        """The requests in the last turn, where they are several of different personas; otherwise none."""
+        pieces = split(self.classifier, self.segmenter, query)
+        if len(pieces) < 2:
+            return []
+        scored = self.classifier.score([Query(piece, profile) for piece in pieces])
+        found: list[tuple[str, Route]] = []
+        for piece, scores in zip(pieces, scored, strict=True):
+            route = decide(scores, self.config.policy)
+            if route.persona is None:
+                # A piece that is no request of anybody's was cut off from one.
+                return []
+            if found and found[-1][1].persona == route.persona:
+                found[-1] = (f"{found[-1][0]} {piece}", found[-1][1])
+            else:
+                found.append((piece, Route("persona", route.persona, route.confidence, reason=route.reason)))
+        return found if len(found) > 1 else []
 
     def plan_input(self, item: RouteInput) -> DeskrouteBlock:
         """The block for one input of a batch."""
@@ -187,7 +228,7 @@ class Desk:
         trials = self.lineup.trials if self.lineup else {}
         persona = plan.route.persona
         trial = trials.get(persona or "")
-        if persona and trial and trial.shadow and list(plan.gate) == [persona]:
+        if persona and trial and trial.shadow and [list(part.gate) for part in plan.parts] == [[persona]]:
             if self._shadowing >= SHADOWS_AT_ONCE:
                 self.telemetry.shadows_skipped.inc()
                 return
@@ -221,15 +262,20 @@ class Desk:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _generated(self, request: ChatRequest, plan: Plan) -> AsyncGenerator[TokenEvent]:
+    def _generated(self, request: ChatRequest, plan: Plan) -> AsyncGenerator[TokenEvent]:
+        """The events of the answer; several requests are answered at the same time, and read one after the other."""
+        answers = [self._part(request, plan, part, n) for n, part in enumerate(plan.parts)]
+        return answers[0] if len(answers) == 1 else in_turn(answers)
+
+    async def _part(self, request: ChatRequest, plan: Plan, part: Part, n: int) -> AsyncGenerator[TokenEvent]:
         defaults = self.config.generation
-        lead = max(plan.gate, key=lambda p: plan.gate[p]) if plan.gate else BASE
+        lead = max(part.gate, key=lambda p: part.gate[p]) if part.gate else BASE
         generate = GenerateRequest(
-            request_id=plan.request_id,
-            messages=request.turns(),
-            gate=plan.gate,
-            document=plan.document,
-            max_tokens=request.max_completion_tokens or request.max_tokens or defaults.max_tokens,
+            request_id=f"{plan.request_id}/{n}" if n else plan.request_id,
+            messages=part.messages,
+            gate=part.gate,
+            document=part.document,
+            max_tokens=max(1, (request.max_completion_tokens or request.max_tokens or defaults.max_tokens) // len(plan.parts)),
             temperature=defaults.temperature if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=request.seed,
@@ -265,8 +311,16 @@ def _last_user(messages: Sequence[Message]) -> str:
     return next(m.content for m in reversed(messages) if m.role == "user")
 
 
-def _sources(match: Match | None) -> list[SourceBlock]:
-    return [SourceBlock(id=match.article.id, title=match.article.title, score=_round(match.score))] if match else []
+def _with_last_user(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
+    """The conversation as if its last user turn were `text`."""
+    last = max(i for i, m in enumerate(messages) if m.role == "user")
+    return tuple(Message("user", text) if i == last else m for i, m in enumerate(messages))
+
+
+def _sources(matches: Sequence[Match | None]) -> list[SourceBlock]:
+    """The articles used, each once."""
+    used = {m.article.id: SourceBlock(id=m.article.id, title=m.article.title, score=_round(m.score)) for m in matches if m}
+    return list(used.values())
 
 
 def _known(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from scipy import sparse
 
 from persona_models.errors import ConfigError, InputError
 from persona_models.protocol import Message
+from router.lexicon import Lexicon
 
 Arrays = dict[str, np.ndarray]
 
@@ -27,8 +28,12 @@ MAX_CHARS = 4000
 TAIL_CHARS = 1000
 # A last turn with fewer telling words than this ("same thing again") is read together with the turns before it.
 MIN_TELLING_WORDS = 4
+# User turns that are looked at; what was said before them is long past.
+MAX_TURNS = 8
 # Longer runs without a space are no words; their n-grams would only cost time.
 MAX_WORD_CHARS = 40
+# A word list's column, against words that together have length 1.
+LEXICON_WEIGHT = 0.5
 # How much of a title's or department's word stands for its relatives.
 STEM_CHARS = 5
 
@@ -89,17 +94,21 @@ class Profile:
 
 @dataclass(frozen=True)
 class Query:
-    """What is scored: the user's words and the user's profile."""
+    """What is scored: the user's words and the user's profile.
+
+    text: the last turn, with earlier ones where it says too little by itself; turns: all user turns, the latest first, where there are several.
+    """
 
     text: str
     profile: Profile = field(default_factory=Profile)
+    turns: tuple[str, ...] = ()
 
 
 def query_of(messages: Sequence[Message], profile: Profile | None = None) -> Query:
-    """The query of a conversation: its last user turn.
+    """The query of a conversation: its last user turn, and the turns before it.
 
-    A last turn that says too little by itself ("yes please") is followed by the earlier user turns, latest first, up to MAX_CHARS. What the system
-    or the assistant said is never scored: the words of our own answers would decide the next route. Raises InputError without a user turn.
+    A last turn that says too little by itself ("yes please") is followed in `text` by the earlier user turns, latest first, up to MAX_CHARS. What the
+    system or the assistant said is never scored: the words of our own answers would decide the next route. Raises InputError without a user turn.
     """
     turns = [m.content for m in messages if m.role == "user"]
     if not turns:
@@ -110,7 +119,7 @@ def query_of(messages: Sequence[Message], profile: Profile | None = None) -> Que
             if (room := MAX_CHARS - len(text) - 1) <= 0:
                 break
             text = f"{text}\n{turn[:room]}"
-    return Query(text, profile or Profile())
+    return Query(text, profile or Profile(), tuple(turns[: -MAX_TURNS - 1 : -1]) if len(turns) > 1 else ())
 
 
 def telling_words(text: str) -> int:
@@ -212,7 +221,7 @@ class TextSpace:
         grams: Counter[int] = Counter()
         unknown_grams = 0
         for word, count in Counter(in_text).items():
-            known, missing = self._grams_of(word)
+            known, missing = self.grams_of(word)
             unknown_grams += missing
             if count == 1:
                 grams.update(known)
@@ -239,11 +248,11 @@ class TextSpace:
         counts = Counter(in_text)
         in_all: Counter[int] = Counter()
         for word, n in counts.items():
-            for column in self._grams_of(word)[0]:
+            for column in self.grams_of(word)[0]:
                 in_all[column] += n
         behind: dict[str, list[tuple[int, float]]] = {}
         for word, n in counts.items():
-            shares = [(column, n * times / in_all[column]) for column, times in Counter(self._grams_of(word)[0]).items()]
+            shares = [(column, n * times / in_all[column]) for column, times in Counter(self.grams_of(word)[0]).items()]
             if (own := self.columns.get(word)) is not None:
                 shares.append((own, 1.0))
             behind[word] = shares
@@ -252,7 +261,7 @@ class TextSpace:
                 behind[pair] = [(both, 1.0)]
         return behind
 
-    def _grams_of(self, word: str) -> tuple[tuple[int, ...], int]:
+    def grams_of(self, word: str) -> tuple[tuple[int, ...], int]:
         """Columns of a word's known n-grams and the number of unknown ones; remembered, because people use the same words."""
         found = self._grams.get(word)
         if found is None:
@@ -291,41 +300,67 @@ class TextSpace:
 
 
 class FeatureSpace:
-    """Queries -> (N, F): the text's columns, the share of unknown words, then the profile's columns, each 0 or `profile_weight`."""
+    """Queries -> (N, F): the text's columns, the share of unknown words, a column per word list (0 or `lexicon_weight`), then the profile's columns,
+    each 0 or `profile_weight`."""
 
-    def __init__(self, text: TextSpace, profile_terms: Sequence[str], profile_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        text: TextSpace,
+        profile_terms: Sequence[str],
+        profile_weight: float = 1.0,
+        lexicon: Lexicon | None = None,
+        lexicon_weight: float = LEXICON_WEIGHT,
+    ) -> None:
         self.text = text
+        self.lexicon = lexicon or Lexicon({})
+        self.lexicon_weight = float(lexicon_weight)
         self.profile_terms = list(profile_terms)
         self.profile_weight = float(profile_weight)
-        self._profile = {term: len(text) + 1 + i for i, term in enumerate(self.profile_terms)}
+        self._profile = {term: self.n_text + i for i, term in enumerate(self.profile_terms)}
 
     @classmethod
-    def fit(cls, queries: Sequence[Query], text: TextSpace | None = None, *, min_profiles: int = 2, profile_weight: float = 1.0) -> FeatureSpace:
+    def fit(
+        cls,
+        queries: Sequence[Query],
+        text: TextSpace | None = None,
+        *,
+        min_profiles: int = 2,
+        profile_weight: float = 1.0,
+        lexicon: Lexicon | None = None,
+    ) -> FeatureSpace:
         """Learn the vocabulary of texts (unless `text` brings it) and of profiles (terms of at least `min_profiles` queries)."""
         counts = Counter(term for q in queries for term in profile_terms(q.profile))
         fixed = [*(name for _, name in _TENURE), _TENURE_LONG, _NO_PROFILE]
         terms = [*fixed, *sorted(t for t, n in counts.items() if n >= min_profiles and t not in fixed)]
-        return cls(text or TextSpace.fit([q.text for q in queries]), terms, profile_weight)
+        return cls(text or TextSpace.fit([q.text for q in queries]), terms, profile_weight, lexicon)
 
     def __len__(self) -> int:
-        return len(self.text) + 1 + len(self.profile_terms)
+        return self.n_text + len(self.profile_terms)
 
     @property
     def n_text(self) -> int:
         """Columns that come from the text alone; they stand first."""
-        return len(self.text) + 1
+        return len(self.text) + 1 + len(self.lexicon)
 
     @property
     def names(self) -> list[str]:
         """A readable name per column: 'word "payroll"', 'title "director"', 'tenure < 30 days'."""
-        return [*map(_readable, self.text.terms), UNKNOWN_WORDS, *self.profile_terms]
+        return [*map(_readable, self.text.terms), UNKNOWN_WORDS, *(f"words of {name}" for name in self.lexicon.names), *self.profile_terms]
 
     def row(self, query: Query) -> tuple[np.ndarray, np.ndarray]:
-        """One query as columns (n,) int64 and values (n,) float32."""
-        columns, values, unknown = self.text.row(query.text)
+        """One query's text and profile as columns (n,) int64 and values (n,) float32."""
+        columns, values = self.text_row(query.text)
         profile = [c for t in profile_terms(query.profile) if (c := self._profile.get(t)) is not None]
-        columns = np.concatenate([columns, np.array([len(self.text), *profile], dtype=np.int64)])
-        values = np.concatenate([values, np.array([unknown, *[self.profile_weight] * len(profile)], dtype=np.float32)])
+        columns = np.concatenate([columns, np.array(profile, dtype=np.int64)])
+        values = np.concatenate([values, np.full(len(profile), self.profile_weight, dtype=np.float32)])
+        return columns, values
+
+    def text_row(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """A text alone as columns (n,) int64 and values (n,) float32."""
+        columns, values, unknown = self.text.row(text)
+        lists = [len(self.text) + 1 + i for i in self.lexicon.found(words_of(text))]
+        columns = np.concatenate([columns, np.array([len(self.text), *lists], dtype=np.int64)])
+        values = np.concatenate([values, np.array([unknown, *[self.lexicon_weight] * len(lists)], dtype=np.float32)])
         return columns, values
 
     def rows(self, queries: Iterable[Query]) -> sparse.csr_matrix:
@@ -335,23 +370,33 @@ class FeatureSpace:
     def reasons(self, query: Query, shares: Mapping[int, float]) -> list[tuple[str, float]]:
         """What in the query spoke for a class: (readable feature, its part of the score), largest first.
 
-        shares: column -> value times weight, for the columns of the query's row. Those of n-grams are added to the words they stand in.
+        shares: column -> value times weight, for the columns of the query's row. Those of n-grams are added to the words they stand in, those of
+        word lists to their words.
         """
-        found = [(term, sum(shares.get(c, 0.0) * part for c, part in parts)) for term, parts in self.text.words_behind(query.text).items()]
+        by_term = {term: sum(shares.get(c, 0.0) * part for c, part in parts) for term, parts in self.text.words_behind(query.text).items()}
+        for at, entries in self.lexicon.found(words_of(query.text)).items():
+            for entry in entries:
+                by_term[entry] = by_term.get(entry, 0.0) + shares.get(len(self.text) + 1 + at, 0.0) / len(entries)
+        found = list(by_term.items())
         profile = [(t, shares.get(self._profile[t], 0.0)) for t in profile_terms(query.profile) if t in self._profile and t != _NO_PROFILE]
         return sorted([(_readable(term), w) for term, w in found] + profile, key=lambda reason: (-reason[1], reason[0]))
 
     def arrays(self) -> Arrays:
         """The space as arrays, for an artefact."""
         profile = np.frombuffer("\n".join(self.profile_terms).encode(), dtype=np.uint8).copy()
-        return self.text.arrays() | {"profile_terms": profile, "profile_weight": np.array([self.profile_weight])}
+        scales = {"profile_weight": np.array([self.profile_weight]), "lexicon_weight": np.array([self.lexicon_weight])}
+        return self.text.arrays() | self.lexicon.arrays() | {"profile_terms": profile} | scales
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> FeatureSpace:
         """The space that `arrays` described. Raises ConfigError where they do not fit together."""
         try:
             return cls(
-                TextSpace.from_arrays(arrays), arrays["profile_terms"].tobytes().decode().split("\n"), float(arrays["profile_weight"].reshape(-1)[0])
+                TextSpace.from_arrays(arrays),
+                arrays["profile_terms"].tobytes().decode().split("\n"),
+                float(arrays["profile_weight"].reshape(-1)[0]),
+                Lexicon.from_arrays(arrays),
+                float(arrays["lexicon_weight"].reshape(-1)[0]) if "lexicon_weight" in arrays else LEXICON_WEIGHT,
             )
         except (KeyError, UnicodeDecodeError, IndexError) as e:
             raise ConfigError(f"the profile features are damaged ({e}); run `deskroute retrain router`") from None

@@ -6,6 +6,7 @@ caller names is no matter of scores and never comes here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +22,10 @@ class PolicySettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    min_confidence: float = Field(default=0.45, ge=0, le=1, description="below this probability of the leading persona nobody is picked")
+    min_known: float | None = Field(
+        default=None, ge=0, le=1, description="below this probability that the sender can be told nobody is picked; None: the artefact's own threshold"
+    )
+    min_confidence: float = Field(default=0.3, ge=0, le=1, description="below this probability of the leading persona nobody is picked")
     mix_margin: float = Field(default=0.12, ge=0, le=1, description="two leading personas this close share the answer; 0 turns mixing off")
     mix_floor: float = Field(default=0.75, ge=0, le=1, description="two personas share only if together they have at least this probability")
     min_in_domain: float | None = Field(
@@ -48,11 +52,23 @@ def decide(scores: Scores, settings: PolicySettings) -> Route:
     bar = scores.min_in_domain if settings.min_in_domain is None else settings.min_in_domain
     if scores.in_domain < bar:
         return Route("decline", None, 1.0 - scores.in_domain, reason=f"looks like no IT helpdesk request ({scores.in_domain:.2f}, needs {bar:.2f})")
+    known = scores.min_known if settings.min_known is None else settings.min_known
     ranked = sorted(scores.personas.items(), key=lambda item: -item[1])
     (first, p1), (second, p2) = ranked[0], ranked[1] if len(ranked) > 1 else ("", 0.0)
+    if scores.known < known:
+        return Route("fallback", None, p1, reason=f"nothing tells who is asking ({scores.known:.2f}, needs {known:.2f}); {first} would lead with {p1:.2f}")
     if settings.mix_margin > 0 and second and p1 - p2 <= settings.mix_margin and p1 + p2 >= settings.mix_floor:
         mix = {first: p1 / (p1 + p2), second: p2 / (p1 + p2)}
         return Route("mix", first, p1, mix, f"between {first} ({p1:.2f}) and {second} ({p2:.2f})")
     if p1 >= settings.min_confidence:
         return Route("persona", first, p1, reason=f"{first} with probability {p1:.2f}")
     return Route("fallback", None, p1, reason=f"no persona is likely enough: {first} leads with {p1:.2f}, needs {settings.min_confidence:.2f}")
+
+
+def together(routes: Sequence[Route]) -> Route:
+    """The route of a message that holds several requests, in order: a mix of their personas, each with its share; the first one leads."""
+    shares: dict[str, float] = {}
+    for route in routes:
+        shares[str(route.persona)] = shares.get(str(route.persona), 0.0) + 1 / len(routes)
+    said = ", then ".join(str(r.persona) for r in routes)
+    return Route("mix", routes[0].persona, min(r.confidence for r in routes), shares, f"{len(routes)} requests: {said}")

@@ -90,6 +90,8 @@ def test_no_personal_data(corpus):
     texts += [
         r["text"] for name in ("out_of_domain", "neutral", "profiles", "persona", "uncovered", "odd_requests") for r in rows(f"router/{name}.jsonl")
     ]
+    texts += [r["text"] for r in rows("router/two_requests.jsonl")]
+    texts += [m["content"] for name in ("conversations", "talks") for r in rows(f"router/{name}.jsonl") for m in r["messages"]]
     found = [t for t in texts if re.search(r"\[(MAIL|IBAN|PHONE)\]", redact(t)) and "[MAIL]" not in t]
     assert not found, found[:5]
 

@@ -13,6 +13,7 @@ from persona_models.errors import InputError
 from pipelines import bench, bench_engine, bench_llamacpp
 from pipelines.bench_engine import Scale
 from pipelines.contest import Contest, Timing, computing, save_made_up
+from router.config import Config, Training
 
 _spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
 shared = importlib.util.module_from_spec(_spec)
@@ -98,6 +99,20 @@ def test_all_ways_give_the_same_tokens(long_base_folder, monkeypatch):
 def test_a_fault_in_a_computing_thread_reaches_the_caller():
     with pytest.raises(ZeroDivisionError):
         computing(1, lambda n: Timing(1 / 0), 1)
+
+
+def test_the_reference_trainer_gets_the_same_work(long_base_folder, tmp_path, capsys):
+    """Same samples, steps and configuration: after few steps from the same start, both are where the other is."""
+    training = Training(steps=4, rows=2, rank=2, max_tokens=2048)
+    config = Config(base=str(long_base_folder), training=training, state=tmp_path)
+    bench.bench("finetune", tmp_path / "finetune.json", config)
+    ours, theirs = json.loads((tmp_path / "finetune.json").read_text())["rows"]
+    assert (ours["trainer"], theirs["trainer"]) == ("deskroute", "transformers' Trainer")
+    assert ours["loss of the reference"] == pytest.approx(1, abs=0.02)
+    assert theirs["of the reference"] == 1
+    # Trained at all: the untouched base is worse.
+    assert ours["held-out loss"] < 5.78
+    assert "trainer" in capsys.readouterr().out
 
 
 def test_an_unknown_benchmark_is_refused(tmp_path):

@@ -54,7 +54,9 @@ def test_query_is_the_last_user_turn():
         Message("assistant", "Open the tray. Say more about your VPN."),
         Message("user", "Different matter: my docking station does not charge the laptop"),
     ]
-    assert query_of(messages) == Query("Different matter: my docking station does not charge the laptop")
+    last = "Different matter: my docking station does not charge the laptop"
+    assert query_of(messages) == Query(last, turns=(last, "The printer on floor two eats every page"))
+    assert query_of(messages[-1:]) == Query(last)
 
 
 def test_a_turn_that_says_too_little_brings_the_turns_before_it_but_never_our_own_words():

@@ -1,0 +1,109 @@
+"""Conversations and messages with two requests -> how much earlier turns count, and which cuts are cuts; measured on held-out voices.
+
+The classifier never sees these texts in training, so what it says of them is what it would say of anybody's. Knows nothing of MLflow or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from pipelines.router_corpus import Requests, RouterData, Talk, folds
+from router.classifier import PersonaClassifier, sigmoid
+from router.features import Query, query_of
+from router.segment import Cut, Segmenter, cuts, features
+
+DECAYS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# Of messages with one request, how many may be split.
+MAX_FALSE_SPLITS = 0.01
+SEGMENT_C = 1.0
+
+
+def fit_decay(classifier: PersonaClassifier, talks: Sequence[Talk]) -> float:
+    """What a turn's evidence still counts one turn later: the value under which the personas of conversations are most likely."""
+    seen = [t for t in talks if not t.voice.startswith("held_")]
+    if not seen:
+        return classifier.decay
+    kept = classifier.decay
+    try:
+        likelihood = {}
+        for decay in DECAYS:
+            classifier.decay = decay
+            p, _ = classifier.probabilities([query_of(t.messages) for t in seen])
+            likelihood[decay] = float(np.log(p[np.arange(len(seen)), [classifier.personas.index(t.persona) for t in seen]] + 1e-6).mean())
+    finally:
+        classifier.decay = kept
+    return max(likelihood, key=lambda d: likelihood[d])
+
+
+def fit_segmenter(classifier: PersonaClassifier, data: RouterData, seed: int = 0) -> Segmenter | None:
+    """A segmenter for the classifier; None where the corpus has no messages with two requests."""
+    messages = [r for r in examples(data) if not r.voice.startswith("held_")]
+    if sum(len(r.parts) == 2 for r in messages) < 20:
+        return None
+    rows, labels, owner = [], [], []
+    for i, message in enumerate(messages):
+        places = cuts(message.text)
+        if places:
+            rows.append(features(classifier, message.text, places))
+            labels += [is_cut(message, c) for c in places]
+            owner += [i] * len(places)
+    x, y, of = np.concatenate(rows), np.array(labels), np.array(owner)
+    # The threshold comes from messages whose author the model had not seen.
+    unseen = np.zeros(len(y))
+    for fold in folds([messages[i].voice for i in of], seed):
+        model = LogisticRegression(C=SEGMENT_C, max_iter=1000).fit(x[~fold], y[~fold])
+        unseen[fold] = model.decision_function(x[fold])
+    highest = np.full(len(messages), -np.inf)
+    np.maximum.at(highest, of, unseen)
+    single = np.array([len(m.parts) == 1 for m in messages])
+    bar = float(np.quantile(highest[single], 1 - MAX_FALSE_SPLITS)) if single.any() else 0.0
+    model = LogisticRegression(C=SEGMENT_C, max_iter=1000).fit(x, y)
+    return Segmenter(model.coef_[0], float(model.intercept_[0]), float(sigmoid(np.array([max(bar, 0.0)]))[0]))
+
+
+def examples(data: RouterData) -> list[Requests]:
+    """Messages with two requests, and ones with a single request to tell them from: of the same kind, without an article, and neutral ones."""
+    single = [Requests(r.text, ((r.text, ""),), r.voice) for r in (*data.uncovered, *data.neutral)]
+    return [*data.requests, *single]
+
+
+def is_cut(message: Requests, cut: Cut) -> bool:
+    """Whether a cut lies between the two requests; words that only join them may go to either side."""
+    if len(message.parts) < 2:
+        return False
+    first, second = message.parts[0][0], message.parts[1][0]
+    end = message.text.index(first) + len(first)
+    start = message.text.index(second, max(0, end - len(second)) if message.text.find(second, end) < 0 else end)
+    return end - 2 <= cut.end and cut.start <= start + 1
+
+
+def measure_segments(classifier: PersonaClassifier, segmenter: Segmenter | None, data: RouterData) -> dict[str, float]:
+    """On held-out voices: conversations right (all, follow-ups, changes), both requests found in order, and single ones that were split."""
+    metrics: dict[str, float] = {}
+    talks = [t for t in data.talks if t.voice.startswith("held_")]
+    if talks:
+        p, _ = classifier.probabilities([query_of(t.messages) for t in talks])
+        right = np.array([classifier.personas[int(row.argmax())] == t.persona for row, t in zip(p, talks, strict=True)])
+        metrics["accuracy_conversation"] = float(right.mean())
+        for kind in ("follow_up", "changed"):
+            of = np.array([t.kind == kind for t in talks])
+            if of.any():
+                metrics[f"accuracy_conversation_{kind}"] = float(right[of].mean())
+    held = [r for r in examples(data) if r.voice.startswith("held_")]
+    double, single = ([r for r in held if len(r.parts) == n] for n in (2, 1))
+    if segmenter and double:
+        found = [personas_of(classifier, segmenter, r.text) for r in double]
+        metrics["two_requests_found"] = float(np.mean([f == [p for _, p in r.parts] for f, r in zip(found, double, strict=True)]))
+        metrics["two_requests_split"] = float(np.mean([len(f) == 2 for f in found]))
+    if segmenter and single:
+        metrics["single_requests_split"] = float(np.mean([len(personas_of(classifier, segmenter, r.text)) > 1 for r in single]))
+    return metrics
+
+
+def personas_of(classifier: PersonaClassifier, segmenter: Segmenter, text: str) -> list[str]:
+    """The persona of each request in a message."""
+    p, _ = classifier.probabilities([Query(t) for t in segmenter.split(classifier, text)])
+    return [classifier.personas[int(row.argmax())] for row in p]

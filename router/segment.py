@@ -1,0 +1,202 @@
+"""One message -> the requests in it, each of its own persona, in order.
+
+Where a sentence, a line or a connective like "also" begins, the text may fall into two requests. A small logistic model decides from what the persona
+classifier says of either side; its weights are part of the router's artefact and fitted in pipelines/train_segments.py. Scoring every possible cut anew
+would cost more than routing itself, so the evidence of each piece is summed up once. Knows nothing of articles or answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from persona_models.errors import ConfigError
+from router.classifier import PersonaClassifier, sigmoid, softmax
+from router.features import Query, TextSpace, words_of
+
+# Places where another request may begin: blank and new lines, ends of sentences, dashes, semicolons, connectives.
+_BREAKS = re.compile(
+    r"(?P<line>\s*\n\s*)"
+    r"|(?P<sentence>(?<=[.!?…])[\"')\]]*\s+)"
+    r"|(?P<stop>\s*;\s+|\s+[-–—]{1,2}\s+|\s*\.{3}\s*)"
+    r"|(?P<comma>,\s+)"
+    r"|(?P<word>\s+(?=(?:and|also|plus|oh|ps|p\.s\.|separately|meanwhile|additionally|besides|secondly|another|then)\b))",
+    re.IGNORECASE,
+)
+KINDS = ("line", "sentence", "stop", "comma", "word")
+# How the second request often begins.
+_CUE = re.compile(
+    r"(?:\W*(?:and|oh|but|then)\W+)?(?:also|another|second|2\b|two\b|next|others?|separately|p\.?\s?s\b|while|plus|besides|one more|unrelated|on top"
+    r"|in addition|additionally|meanwhile|furthermore|for me|mine|me,|my own|me:|different|completely|whilst|same (?:time|call)"
+    r"|(?:he|she|they|our|the new)\b)",
+    re.IGNORECASE,
+)
+FEATURES = ("gain", "least", "inside before", "inside after", *KINDS, "cue", "cue and gain", "shorter side", "pieces")
+# A side of fewer words is no request.
+MIN_WORDS = 3
+MAX_PIECES = 24
+MAX_SEGMENTS = 4
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place in a text where another request may begin: the head ends at `end`, the tail begins at `start`."""
+
+    end: int
+    start: int
+    kind: str
+
+
+def cuts(text: str) -> list[Cut]:
+    """Possible cuts, from left to right; none within the first or the last few words."""
+    found = []
+    for m in _BREAKS.finditer(text):
+        kind = str(m.lastgroup)
+        if len(words_of(text[: m.start()])) >= MIN_WORDS and len(words_of(text[m.end() :])) >= MIN_WORDS:
+            found.append(Cut(m.start(), m.end(), kind))
+    return found[:MAX_PIECES]
+
+
+class Segmenter:
+    """Decides which cut is one; `weights` (D,) in the order of FEATURES."""
+
+    def __init__(self, weights: np.ndarray, bias: float, threshold: float) -> None:
+        if np.shape(weights) != (len(FEATURES),):
+            raise ConfigError(f"router: the segmenter has {np.shape(weights)} weights, {len(FEATURES)} are wanted; run `deskroute retrain router`")
+        self.weights, self.bias, self.threshold = np.asarray(weights, dtype=np.float64), float(bias), float(threshold)
+
+    def split(self, classifier: PersonaClassifier, text: str) -> list[str]:
+        """The requests in a message, in order; one for most. Each is a piece of the text without the space around it."""
+        segments = [text.strip()]
+        while len(segments) < MAX_SEGMENTS:
+            for i, segment in enumerate(segments):
+                found = self._best(classifier, segment)
+                if found:
+                    segments[i : i + 1] = [segment[: found.end].strip(), segment[found.start :].strip()]
+                    break
+            else:
+                break
+        return segments
+
+    def _best(self, classifier: PersonaClassifier, text: str) -> Cut | None:
+        places = cuts(text)
+        if not places:
+            return None
+        probability = sigmoid(features(classifier, text, places) @ self.weights + self.bias)
+        best = int(probability.argmax())
+        return places[best] if probability[best] >= self.threshold else None
+
+    def facts(self) -> dict[str, Any]:
+        """The numbers, for an artefact."""
+        return {"weights": [float(w) for w in self.weights], "bias": self.bias, "threshold": self.threshold}
+
+    @classmethod
+    def from_facts(cls, facts: Any) -> Segmenter | None:
+        """From `facts`; None for an artefact that has none. Raises ConfigError where they are damaged."""
+        if facts is None:
+            return None
+        try:
+            return cls(np.array(facts["weights"], dtype=np.float64), float(facts["bias"]), float(facts["threshold"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise ConfigError(f"router: the segmenter is damaged ({e}); run `deskroute retrain router`") from None
+
+
+def features(classifier: PersonaClassifier, text: str, places: Sequence[Cut]) -> np.ndarray:
+    """(N, D): what speaks for each cut."""
+    bounds = [0, *(c.start for c in places), len(text)]
+    pieces = [text[a:b] for a, b in pairwise(bounds)]
+    evidence = Evidence(classifier, pieces)
+    rows = np.zeros((len(places), len(FEATURES)))
+    for i, place in enumerate(places):
+        head, tail = evidence.raw(0, i + 1), evidence.raw(i + 1, len(pieces))
+        a, b = head[:-1] / classifier.temperature, tail[:-1] / classifier.temperature
+        # How much better two personas explain the text than one does: the best pair of different ones.
+        pair = (a[:, None] - a[None, :]) + (b[None, :] - b[:, None])
+        p, q = np.unravel_index(int(pair.argmax()), pair.shape)
+        gain = float(np.log(softmax(a[None])[0, p] + 1e-9) + np.log(softmax(b[None])[0, q] + 1e-9) - _best_of_one(a, b))
+        cue = bool(_CUE.match(text[place.start :]))
+        n_head, n_tail = evidence.words[: i + 1].sum(), evidence.words[i + 1 :].sum()
+        rows[i] = [
+            gain,
+            np.clip(min(a[p] - a[q], b[q] - b[p]), -4, 4),
+            np.clip(head[-1], -4, 4),
+            np.clip(tail[-1], -4, 4),
+            *(place.kind == k for k in KINDS),
+            cue,
+            cue * gain,
+            np.log(min(n_head, n_tail)),
+            np.log(len(pieces)),
+        ]
+    return rows
+
+
+def _best_of_one(a: np.ndarray, b: np.ndarray) -> float:
+    """Log-probability of both sides under the one persona that explains them best."""
+    both = np.log(softmax(a[None])[0] + 1e-9) + np.log(softmax(b[None])[0] + 1e-9)
+    return float(both.max())
+
+
+class Evidence:
+    """Raw scores of every run of pieces of a text, from one pass over it.
+
+    A run's score is what the classifier gives to its text, but that repeated words count in full and not by their logarithm, and that pairs of words
+    across pieces are left out.
+    """
+
+    def __init__(self, classifier: PersonaClassifier, pieces: Sequence[str]) -> None:
+        self.bias = classifier.raw(*classifier.space.row(Query("")))
+        self.unknown_weight = classifier.weights[len(classifier.space.text)].astype(np.float64)
+        space, n = classifier.space.text, len(pieces)
+        self.words = np.zeros(n)
+        self._unknown = np.zeros(n)
+        self._sums = np.zeros((2, n + 1, classifier.weights.shape[1]))
+        self._squares = np.zeros((2, n + 1))
+        self._weights = space.weights
+        self._lists = np.zeros((n + 1, len(classifier.space.lexicon)))
+        first = len(space) + 1
+        self._list_weights = classifier.weights[first : first + self._lists.shape[1]].astype(np.float64) * classifier.space.lexicon_weight
+        for i, piece in enumerate(pieces):
+            for block, (columns, strangers) in enumerate(_terms(space, piece)):
+                idf = space.idf[columns].astype(np.float64)
+                self._sums[block, i + 1] = idf @ classifier.weights[columns]
+                self._squares[block, i + 1] = idf @ idf + strangers * space.unknown_idf**2
+                if block == 0:
+                    self._unknown[i] = strangers
+            in_piece = words_of(piece)
+            self.words[i] = max(1, len(in_piece))
+            self._lists[i + 1, list(classifier.space.lexicon.found(in_piece))] = 1
+        self._sums, self._squares, self._lists = self._sums.cumsum(axis=1), self._squares.cumsum(axis=1), self._lists.cumsum(axis=0)
+
+    def raw(self, first: int, last: int) -> np.ndarray:
+        """Scores (P + 1,) of the pieces first .. last - 1 as one text without a profile."""
+        total = self.bias.copy()
+        for block in range(2):
+            square = self._squares[block, last] - self._squares[block, first]
+            if square > 0:
+                total += (self._sums[block, last] - self._sums[block, first]) * (self._weights[block] / np.sqrt(square))
+        total += ((self._lists[last] - self._lists[first]) > 0) @ self._list_weights
+        return total + self.unknown_weight * (self._unknown[first:last].sum() / self.words[first:last].sum())
+
+
+def _terms(space: TextSpace, text: str) -> list[tuple[np.ndarray, int]]:
+    """Columns of a text's words with their pairs, then of its n-grams, each with the number of unknown ones."""
+    in_text = words_of(text)
+    known = [c for w in in_text if (c := space.columns.get(w)) is not None]
+    pairs = [c for left, right in pairwise(in_text) if (c := space.columns.get(f"{left} {right}")) is not None]
+    grams: list[int] = []
+    strange = 0
+    for word in in_text:
+        columns, missing = space.grams_of(word)
+        grams += columns
+        strange += missing
+    return [(np.array(known + pairs, dtype=np.int64), len(in_text) - len(known)), (np.array(grams, dtype=np.int64), strange)]
+
+
+def split(classifier: PersonaClassifier, segmenter: Segmenter | None, query: Query) -> list[str]:
+    """The requests in a query's last turn."""
+    return [query.text] if segmenter is None else segmenter.split(classifier, query.turns[0] if query.turns else query.text)

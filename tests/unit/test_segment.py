@@ -1,0 +1,111 @@
+"""Messages with two requests: where cuts may be, that the fast evidence is the classifier's own, and that nothing is lost in answering both."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from persona_models.errors import ConfigError
+from persona_models.protocol import TokenEvent
+from router.classifier import PersonaClassifier
+from router.features import Query
+from router.loading import SHIPPED
+from router.policy import Route, together
+from router.segment import FEATURES, Evidence, Segmenter, cuts, features
+from router.stream import in_turn
+
+TWO = "The crane techs' tablets lost the offline manuals out in the vans. Also, the payroll clerk cannot print the wage slips for Friday."
+ONE = "Excel crashes when I open the big model. It worked yesterday, and nothing has changed since."
+
+
+@pytest.fixture(scope="module")
+def classifier() -> PersonaClassifier:
+    return PersonaClassifier.load(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def segmenter(classifier) -> Segmenter:
+    found = Segmenter.from_facts(classifier.segments)
+    assert found
+    return found
+
+
+def test_cuts_stand_where_a_request_may_begin():
+    found = {(TWO[c.start :].split()[0], c.kind) for c in cuts(TWO)}
+    assert ("Also,", "sentence") in found
+    assert ("the", "comma") in found
+    assert cuts("printer jammed") == []
+    assert [c.kind for c in cuts("the printer is jammed\n\nmy badge does not open the door")] == ["line"]
+    # A cut never leaves a side of a word or two.
+    assert cuts("Hello. My printer is jammed again today") == []
+
+
+def test_evidence_is_what_the_classifier_says_of_the_text(classifier):
+    """Without repeated words and known pairs across the pieces, a run of pieces scores as its text does."""
+    pieces = ["scanner dead", "payroll stuck", "tablet frozen"]
+    evidence = Evidence(classifier, pieces)
+    for first, last in ((0, 1), (1, 3), (0, 3)):
+        text = " ".join(pieces[first:last])
+        assert not {"dead payroll", "stuck tablet"} & set(classifier.space.text.columns)
+        assert evidence.raw(first, last) == pytest.approx(classifier.raw(*classifier.space.row(Query(text))), abs=2e-3)
+
+
+def test_two_requests_are_found_in_order_and_one_is_left_whole(classifier, segmenter):
+    head, tail = segmenter.split(classifier, TWO)
+    assert (head, tail) == tuple(TWO.split(" Also, ")) or tail.endswith("wage slips for Friday.")
+    assert segmenter.split(classifier, ONE) == [ONE]
+    assert segmenter.split(classifier, "") == [""]
+
+
+def test_every_feature_has_a_name_and_no_value_is_missing(classifier):
+    rows = features(classifier, TWO, cuts(TWO))
+    assert rows.shape == (len(cuts(TWO)), len(FEATURES))
+    assert np.isfinite(rows).all()
+
+
+def test_damaged_numbers_are_refused():
+    assert Segmenter.from_facts(None) is None
+    for facts in ({}, {"weights": [1.0], "bias": 0, "threshold": 0.5}, {"weights": "x", "bias": 0, "threshold": 0}):
+        with pytest.raises(ConfigError, match="deskroute retrain router"):
+            Segmenter.from_facts(facts)
+
+
+def test_a_route_for_several_requests_names_their_personas():
+    route = together([Route("persona", "field", 0.9), Route("persona", "admin", 0.7)])
+    assert (route.decision, route.persona, route.confidence, route.mix) == ("mix", "field", 0.7, {"field": 0.5, "admin": 0.5})
+    assert route.reason == "2 requests: field, then admin"
+
+
+async def said(words, version, reason="stop", closed=None):
+    try:
+        for n, word in enumerate(words, 1):
+            await asyncio.sleep(0)
+            yield TokenEvent(word, n, 7, reason if n == len(words) else None, {version: "1"})
+    finally:
+        if closed is not None:
+            closed.append(version)
+
+
+async def test_answers_are_read_in_turn_and_counted_together():
+    events = [e async for e in in_turn([said(["a", "b"], "field", "length"), said(["c", "d", "e"], "admin")])]
+    assert "".join(e.text for e in events) == "ab\n\ncde"
+    assert [e.finish_reason for e in events] == [None] * 4 + ["length"]
+    assert events[-1].completion_tokens == 5
+    assert {e.prompt_tokens for e in events} == {14}
+    assert all(e.versions == {"field": "1", "admin": "1"} for e in events)
+
+
+async def test_an_error_in_one_answer_ends_both_and_closing_cancels_them():
+    async def broken():
+        yield TokenEvent("x", 1, 1, None, {})
+        raise ConfigError("no")
+
+    closed: list = []
+    with pytest.raises(ConfigError):
+        [e async for e in in_turn([said(["a"], "field", closed=closed), broken()])]
+    stream = in_turn([said(["a"] * 50, "field", closed=closed), said(["b"] * 50, "admin", closed=closed)])
+    await anext(stream)
+    await stream.aclose()
+    assert sorted(closed) == ["admin", "field", "field"]
