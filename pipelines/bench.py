@@ -20,8 +20,8 @@ from pipelines.workload import PROMPTS
 
 def bench(what: str, out: Path | None, config: Any) -> None:
     """Run one benchmark, print its table, and write it as JSON where asked; the engine's is drawn as well. Raises InputError for an unknown one."""
-    runs: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"router": bench_router, "gateway": bench_gateway, "finetune": _finetune}
-    if what not in (*runs, "engine"):
+    runs: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"gateway": bench_gateway, "finetune": _finetune}
+    if what not in (*runs, "engine", "router"):
         raise InputError(f"bench: {what!r} is not one of router, engine, gateway, finetune")
     if what == "engine":
         from pipelines.bench_engine import bench_engine
@@ -36,6 +36,15 @@ def bench(what: str, out: Path | None, config: Any) -> None:
             _write(out, what, rows, notes)
             _draw(rows, picture)
         print(f"drawn in {picture}")
+        return
+    if what == "router":
+        from pipelines.bench_router import bench_router
+
+        times = bench_route(config)
+        _report(times, [])
+        found, said = bench_router(config)
+        _report(found, said)
+        _write(out, what, [*times, *found], said)
         return
     rows = runs[what](config)
     _report(rows, [])
@@ -74,23 +83,28 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     plots.throughput(rates).savefig(path, dpi=130)
 
 
-def bench_router(config: Any) -> list[dict[str, Any]]:
+def bench_route(config: Any) -> list[dict[str, Any]]:
     """Milliseconds per prompt of each part of a routing decision."""
     from router.features import Query
     from router.loading import load_classifier, load_knowledge
+    from router.segment import Segmenter, split
 
     classifier, knowledge = load_classifier(config), load_knowledge(config)
+    segmenter = Segmenter.from_facts(classifier.segments)
     parts: dict[str, Callable[[str], Any]] = {
         "persona and in-domain score": lambda t: classifier.score([Query(t)]),
+        "requests in it": lambda t: split(classifier, segmenter, Query(t)),
         "article": knowledge.best,
-        "both": lambda t: (classifier.score([Query(t)]), knowledge.best(t)),
     }
+    parts["all of it"] = lambda t: [run(t) for name, run in parts.items() if name != "all of it"]
     rows = []
     for name, run in parts.items():
         times = []
         for i in range(400):
+            # About 60 words.
+            text = " ".join(PROMPTS[(i + k) % len(PROMPTS)] for k in range(7)) + f" {i}"
             began = time.perf_counter()
-            run(f"{PROMPTS[i % len(PROMPTS)]} {i}")
+            run(text)
             times.append(1000 * (time.perf_counter() - began))
         rows.append({"part": name, **_spread(times[20:], "ms")})
     return rows

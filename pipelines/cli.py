@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, metavar="OUT", help="where the results of --jsonl go (default: the terminal)")
     sub.add_argument("--profile", nargs="+", default=[], metavar="KEY=VALUE", help="title, department, tenure_days, location")
 
+    sub.add_argument("--explain", action="store_true", help="for people: the text with the words that decided, in colour where this is a terminal")
+
     sub = add("ask", _ask, "route a prompt and stream its answer to the terminal")
     sub.add_argument("text")
     sub.add_argument("--persona", default="auto", help="auto, base or a persona")
@@ -92,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("what", metavar="PERSONA|router|all")
     sub.add_argument("--tickets", type=Path, metavar="FILE", help="CSV, JSONL or Parquet with requests and answers (default: the built-in corpus)")
     exported(sub)
+    sub.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="router: CSV, JSONL or Parquet with texts and their personas, or labels of your own"
+    )
     sub.add_argument("--unrouted", action="store_true", help="take tickets that name no persona for this one, instead of asking the router")
     sub.add_argument("--method", help="any PEFT method that changes weights: lora (default), rslora, dora, ia3, vera, loha ...")
     sub.add_argument("--steps", type=int, help="optimizer steps")
@@ -171,14 +176,18 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _route(args: argparse.Namespace) -> None:
-    from pipelines.local import local_desk, route_file
+    from pipelines.local import explain, local_desk, route_file
     from router.features import Profile
     from router.schema import RouteInput
 
     if (args.text is None) == (args.jsonl is None):
         raise InputError("give either a TEXT or --jsonl FILE")
+    if args.explain and args.jsonl:
+        raise InputError("--explain is for one TEXT; --jsonl writes the reasons of each line already")
     desk = local_desk(_config(args), models=False)
-    if args.jsonl:
+    if args.explain:
+        print(explain(desk, RouteInput(text=args.text, profile=_profile(args.profile)), colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    elif args.jsonl:
         route_file(desk, args.jsonl, args.out)
     else:
         Profile.from_metadata(_profile(args.profile))
@@ -207,6 +216,8 @@ def _retrain(args: argparse.Namespace) -> None:
         raise InputError(f"--steps is {args.steps}; it must be at least 1")
     if args.what == "router" and args.tickets:
         raise InputError("--tickets retrains personas; the router learns from the corpus")
+    if args.prompts and args.what != "router":
+        raise InputError("--prompts retrains the router; personas learn from --tickets")
     if args.unrouted and (args.what == "all" or not args.tickets):
         raise InputError("--unrouted takes every ticket that names no persona for the one persona that is retrained; give --tickets and one PERSONA")
     if args.sweep and args.what == "router":
@@ -227,7 +238,11 @@ def _retrain(args: argparse.Namespace) -> None:
     outcomes = []
     for name in wanted:
         promote = not args.no_promote
-        outcome = work.router(promote=promote) if name == "router" else work.persona(name, tickets, promote=promote, steps=args.steps, grid=grid)
+        outcome = (
+            work.router(promote=promote, prompts=args.prompts)
+            if name == "router"
+            else work.persona(name, tickets, promote=promote, steps=args.steps, grid=grid)
+        )
         outcomes.append(outcome)
         print(outcome, flush=True)
     made = {o.name: o.adapter for o in outcomes if o.adapter}

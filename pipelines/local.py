@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -12,8 +14,10 @@ from tqdm import tqdm
 from persona_models.deployment import PersonaPool, replica_threads
 from persona_models.errors import DeskrouteError, InputError
 from persona_models.protocol import BASE, Engine
+from router.classifier import Reason
 from router.config import Config
 from router.desk import Desk
+from router.features import Profile, query_of, words_of
 from router.feedback import FeedbackStore
 from router.loading import load_classifier, load_knowledge
 from router.schema import ChatRequest, RouteInput, first_fault
@@ -40,6 +44,52 @@ def local_desk(config: Config, *, models: bool, rows: int = 1) -> Desk:
         engines = dict.fromkeys([*personas, BASE], engine)
     # Nothing asked at the terminal is recorded.
     return Desk(config, load_classifier(config), load_knowledge(config), engines, FeedbackStore("sqlite://", remember=0))
+
+
+def explain(desk: Desk, item: RouteInput, *, colour: bool) -> str:
+    """Why a request is routed as it is, for the terminal: the decision, every persona's score, the text with its words marked by what they say for the
+    leading persona (green and + for, red and - against), and the features behind it."""
+    profile = Profile.from_metadata(item.profile)
+    block = desk.plan_input(item)
+    query = query_of(item.turns(), profile)
+    scores = desk.classifier.score([query])[0]
+    leading = max(scores.personas, key=lambda p: scores.personas[p])
+    reasons = desk.classifier.explain(query, leading)
+    lines = [f"{block.decision}: {block.persona or '-'} ({block.confidence:.2f})", ""]
+    lines += [f"  {name:<18}{p:6.2f}  {'█' * round(40 * p)}" for name, p in sorted(scores.personas.items(), key=lambda item: -item[1])]
+    lines += ["", f"  a request at all: {scores.in_domain:.2f} (needs {scores.min_in_domain:.2f})"]
+    lines += [f"  the sender can be told: {scores.known:.2f} (needs {scores.min_known:.2f})", ""]
+    if len(block.segments) > 1:
+        lines += [f"  {n}. {s.persona}: {s.text}" for n, s in enumerate(block.segments, 1)] + [""]
+    lines += [_marked(query.turns[0] if query.turns else query.text, reasons, colour), "", f"for {leading}, in log-odds:"]
+    strongest = sorted(reasons, key=lambda r: -abs(r.weight))[:12]
+    lines += [f"  {_painted(f'{r.weight:+.2f}', r.weight, colour)}  {r.feature}" for r in sorted(strongest, key=lambda r: -r.weight)]
+    return "\n".join(lines)
+
+
+# Log-odds from which a word is marked once, twice, three times.
+_STRENGTHS = (0.15, 0.5, 1.2)
+
+
+def _marked(text: str, reasons: Sequence[Reason], colour: bool) -> str:
+    """A text whose words carry what they say: a colour, or without colours + and - behind them."""
+    weights = {r.feature.split('"')[1]: r.weight for r in reasons if r.feature.startswith("word ")}
+
+    def mark(match: re.Match[str]) -> str:
+        word = match[0]
+        weight = weights.get(" ".join(words_of(word)), 0.0)
+        strength = sum(abs(weight) >= s for s in _STRENGTHS)
+        if not strength:
+            return word
+        return _painted(word, weight, True, strength) if colour else word + ("+" if weight > 0 else "-") * strength
+
+    return re.sub(r"\w+(?:['’-]\w+)*", mark, text)
+
+
+def _painted(text: str, weight: float, colour: bool, strength: int = 3) -> str:
+    if not colour:
+        return text
+    return f"\x1b[{'1;' if strength == 3 else ''}{32 if weight > 0 else 31}m{text}\x1b[0m"
 
 
 async def ask(desk: Desk, text: str, model: str, profile: dict[str, str]) -> None:

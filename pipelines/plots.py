@@ -119,6 +119,18 @@ def reliability(confidence: Sequence[float], accuracy: Sequence[float], counts: 
     return figure
 
 
+def coverage(points: Sequence[tuple[float, float]], title: str) -> Figure:
+    """Accuracy of the surest share of decisions, by that share."""
+    figure = _figure(5.2, 3.8)
+    axes = figure.subplots()
+    axes.plot([100 * share for share, _ in points], [100 * accuracy for _, accuracy in points], color="#2166ac", linewidth=1.8)
+    axes.axvline(80, color="grey", linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 101), xlabel="share decided, surest first, %", ylabel="of these right, %", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def throughput(rates: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
     """Tokens a second, base -> way -> concurrent requests -> rate: one panel a base, one line a way; our own ways are the thick ones."""
     figure = _figure(3.2 + 5.6 * len(rates), 5.0)

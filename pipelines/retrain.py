@@ -21,7 +21,7 @@ from typing import Any
 from persona_models.adapters import builtin_adapter, read_adapter
 from persona_models.base_model import BaseModel, load_base
 from persona_models.errors import AdapterError, DeskrouteError, RegistryError, WorkError
-from persona_models.personas import Persona
+from persona_models.personas import Persona, read_personas
 from persona_models.registry import CHAMPION, ROUTER_MODEL, RegistryReader, model_name
 from pipelines import plots
 from pipelines.compose import CORPUS, Corpus
@@ -31,6 +31,7 @@ from pipelines.finetune import CHECKPOINT, WATCH_EVERY_STEPS, Finetuned, finetun
 from pipelines.imports import Imported
 from pipelines.judge import BASE, NEW, Judgement, judge
 from pipelines.promote import Promoter, faults, read_gates, registered_model, verdict_on
+from pipelines.router_corpus import Labelled
 from pipelines.sweep import Grid, Sweep
 from pipelines.tracking import PERSONA_EXPERIMENT, ROUTER_EXPERIMENT, Run, Tracker
 from router.config import Config, Training
@@ -151,28 +152,41 @@ class Retraining:
         outcome.seconds = time.monotonic() - began
         return outcome
 
-    def router(self, *, promote: bool) -> Outcome:
-        """Retrain the router and the knowledge index."""
+    def router(self, *, promote: bool, prompts: Path | None = None) -> Outcome:
+        """Retrain the router and the knowledge index. prompts: labelled ones of a company, whose labels are the catalogue's personas."""
+        from pipelines.prompts import check_labels, read_prompts
         from pipelines.train_router import train_router
+
+        rows: list[Labelled] = []
+        if prompts:
+            rows = read_prompts(prompts)
+            check_labels(rows, self.config.catalogue(), self._work("router") / "personas.yaml")
 
         began = time.monotonic()
         work = self._work("router")
         seed = self.config.training.seed
-        tags = {"stage": "train", "router": "yes"}
+        tags = {"stage": "train", "router": "yes", "data": f"{len(rows)} prompts" if rows else "built-in corpus"}
         with (
             alone(work, "retrain router"),
             self.tracker.run(
                 ROUTER_EXPERIMENT, f"router-s{seed}", tags=tags, params={"seed": seed}, description="Router and knowledge index.", work=_place(work)
             ) as run,
         ):
-            report = train_router(self.corpus.folder, work / "artefact", tuple(self.catalogue), seed)
-            metrics = {f"eval/{k}": float(v) for k, v in report.metrics.items()}
+            shipped = tuple(p.id for p in read_personas())
+            # Another catalogue than the corpus is of, unless the corpus is a company's own as well.
+            others = shipped if rows and self.config.corpus is None and set(shipped) != set(self.catalogue) else ()
+            report = train_router(self.corpus.folder, work / "artefact", tuple(self.catalogue), seed, prompts=rows, own_personas=others)
+            metrics = {f"slice/{k[6:]}" if k.startswith("slice_") else f"eval/{k}": float(v) for k, v in report.metrics.items()}
             run.figure(plots.confusion(report.confusion, report.personas, "Persona, held-out authors"), "plots/confusion.png")
             bins = report.reliability
             run.figure(
                 plots.reliability(list(bins["confidence"]), list(bins["accuracy"]), [int(n) for n in bins["count"]], "Calibration"),
                 "plots/reliability.png",
             )
+            if report.coverage:
+                run.figure(plots.coverage(report.coverage, "Accuracy against the share that is decided"), "plots/coverage.png")
+            if report.errors:
+                run.table({k: [str(e.get(k, "")) for e in report.errors] for k in ("kind", "text", "is", "got", "confidence")}, "errors.json")
             run.table({"topic": [c[0] for c in report.retrieval_confusions], "found": [c[1] for c in report.retrieval_confusions],
                        "times": [c[2] for c in report.retrieval_confusions]}, "retrieval_confusions.json")  # fmt: skip
             champion = self.registry.aliases(ROUTER_MODEL).get(CHAMPION)

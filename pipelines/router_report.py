@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ from sklearn.metrics import f1_score, roc_auc_score
 from pipelines.router_corpus import Labelled, RouterData
 from pipelines.train_segments import measure_segments
 from router.classifier import PersonaClassifier
+from router.features import Query
 from router.knowledge import KnowledgeBase
 from router.policy import PolicySettings, decide
 from router.segment import Segmenter
 
 RELIABILITY_BINS = 10
+# Registers with fewer held-out texts are not reported.
+MIN_SLICE = 20
+TYPO_EVERY = 30
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class RouterReport:
     reliability: dict[str, np.ndarray]  # from, count, confidence, accuracy; one value per bin
     retrieval_confusions: list[tuple[str, str, int]]  # topic, article found instead, how often
     errors: list[dict[str, Any]]
+    coverage: list[tuple[float, float]] = field(default_factory=list)  # (share decided, accuracy), the surest first
 
 
 def measure(data: RouterData, classifier: PersonaClassifier, knowledge: KnowledgeBase) -> RouterReport:
@@ -42,6 +48,7 @@ def measure(data: RouterData, classifier: PersonaClassifier, knowledge: Knowledg
     confusion = np.zeros((len(personas), len(personas)), dtype=np.int64)
     reliability: dict[str, np.ndarray] = {}
     errors: list[dict[str, Any]] = []
+    coverage: list[tuple[float, float]] = []
     if known:
         probabilities, _ = classifier.probabilities([r.text_only for r in known])
         label = np.array([personas.index(r.persona) for r in known])
@@ -58,8 +65,18 @@ def measure(data: RouterData, classifier: PersonaClassifier, knowledge: Knowledg
             "accuracy_at_threshold": float((guess == label)[~fell].mean()) if not fell.all() else 0.0,
             "accuracy_at_80": float((guess == label)[np.argsort(-sure, kind="stable")[: int(0.8 * len(sure))]].mean()),
         }
+        surest = (guess == label)[np.argsort(-sure, kind="stable")]
+        shares = np.arange(1, len(surest) + 1) / len(surest)
+        coverage = [
+            (float(shares[i]), float(surest[: i + 1].mean())) for i in range(max(0, len(surest) // 50 - 1), len(surest), max(1, len(surest) // 50))
+        ]
+        for register in sorted({r.register for r in known if r.register}):
+            of = np.array([r.register == register for r in known])
+            if of.sum() >= MIN_SLICE:
+                metrics[f"slice_{register}_accuracy"] = float((guess == label)[of].mean())
         for i in np.flatnonzero(guess != label):
             errors.append({"kind": "persona", "text": known[i].text, "is": known[i].persona, "got": personas[guess[i]], "confidence": float(sure[i])})
+        metrics |= _steadiness(classifier, [r.text for r in known], [personas[i] for i in guess])
     with_profile = [r for r in data.personal if r.held_out and r.profile]
     if with_profile:
         probabilities, _ = classifier.probabilities([r.query for r in with_profile])
@@ -75,7 +92,39 @@ def measure(data: RouterData, classifier: PersonaClassifier, knowledge: Knowledg
     metrics |= _measure_in_domain(classifier, [*known, *with_profile, *neutral], [r for r in data.out_of_domain if r.held_out], errors)
     metrics |= measure_segments(classifier, Segmenter.from_facts(classifier.segments), data)
     more, confusions = _measure_retrieval(data, knowledge, errors)
-    return RouterReport("", metrics | more | _latency(classifier, knowledge, known), tuple(personas), confusion, reliability, confusions, errors)
+    return RouterReport(
+        "", metrics | more | _latency(classifier, knowledge, known), tuple(personas), confusion, reliability, confusions, errors, coverage
+    )
+
+
+def _steadiness(classifier: PersonaClassifier, texts: Sequence[str], before: Sequence[str]) -> dict[str, float]:
+    """How often the leading persona stays the same when a text is shouted, mistyped, or dressed as a mail."""
+    random = Random(0)
+
+    def mistyped(text: str) -> str:
+        """One in TYPO_EVERY characters lost, doubled or exchanged with its neighbour."""
+        characters = list(text)
+        for i in range(len(characters) - 1):
+            if characters[i].isalpha() and random.random() < 1 / TYPO_EVERY:
+                kind = random.randrange(3)
+                if kind == 0:
+                    characters[i] = ""
+                elif kind == 1:
+                    characters[i] *= 2
+                else:
+                    characters[i], characters[i + 1] = characters[i + 1], characters[i]
+        return "".join(characters)
+
+    changes: dict[str, Callable[[str], str]] = {
+        "case": str.upper,
+        "typos": mistyped,
+        "mail": lambda t: f"Hello team,\n\n{t}\n\nThanks a lot and kind regards,\nAlex",
+    }
+    steady = {}
+    for name, change in changes.items():
+        p, _ = classifier.probabilities([Query(change(t)) for t in texts])
+        steady[f"unchanged_{name}"] = float(np.mean([classifier.personas[int(row.argmax())] == b for row, b in zip(p, before, strict=True)]))
+    return steady
 
 
 def _fell_back(classifier: PersonaClassifier, rows: Sequence[Labelled]) -> np.ndarray:

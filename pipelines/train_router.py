@@ -21,6 +21,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
 
 from persona_models.errors import WorkError
 from pipelines.router_corpus import FOLDS, Labelled, RouterData, Titles, folds, read_router_corpus, seen
@@ -43,18 +44,33 @@ MAX_FALSE_DECLINES = 0.01
 MAX_FALSE_FALLBACKS = 0.04
 
 
-def train_router(corpus_dir: Path, out_dir: Path, personas: Sequence[str], seed: int = 0) -> RouterReport:
+def train_router(
+    corpus_dir: Path, out_dir: Path, personas: Sequence[str], seed: int = 0, *, prompts: Sequence[Labelled] = (), own_personas: Sequence[str] = ()
+) -> RouterReport:
     """Train, measure on the held-out voices, and put the artefact in place of what `out_dir` held.
+
+    prompts: labelled ones of a company; own_personas: those that the corpus is of, where they are others than `personas`: the prompts alone then tell
+    the labels apart, while the corpus still says what is a request and which article it needs.
 
     The new folder appears whole or not at all; its manifest.json lists the digest of every file. Raises WorkError for a corpus that cannot be
     trained on.
     """
-    data = read_router_corpus(corpus_dir, personas)
-    classifier = fit_classifier(data, personas, seed)
+    data = read_router_corpus(corpus_dir, own_personas or personas)
     knowledge = fit_knowledge(data, seed)
-    report = measure(data, classifier, knowledge)
+    about = _with_prompts(data, prompts, same=not own_personas) if prompts else data
+    classifier = fit_classifier(about, personas, seed)
+    report = measure(about, classifier, knowledge)
     version = _write(out_dir, classifier, knowledge, report.metrics)
     return replace(report, version=version)
+
+
+def _with_prompts(data: RouterData, prompts: Sequence[Labelled], *, same: bool) -> RouterData:
+    """The corpus with a company's prompts: beside its own where they are of the same personas, else instead of all that is of personas."""
+    if same:
+        return replace(data, personal=(*data.personal, *prompts))
+    # Its requests still are requests, whoever they are from.
+    odd = tuple(replace(r, persona="", topic="") for r in (*data.prompts, *data.personal, *data.neutral, *data.odd))
+    return replace(data, prompts=(), personal=tuple(prompts), neutral=(), odd=odd, titles=Titles(), lexicon={}, talks=(), requests=())
 
 
 def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> PersonaClassifier:
@@ -88,7 +104,8 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
     of_silent = np.array([r.voice for r in silent])
     of_rows = np.array([r.voice for r in rows])
     of_said = np.concatenate([of_rows[speaks], of_silent])
-    for voices in _parts([*of_rows, *of_silent], seed):
+    parts = list(_parts([*of_rows, *of_silent], seed))
+    for voices in tqdm(parts, desc="personas, on voices left out", unit="part", dynamic_ncols=True):
         mine, quiet, both = (np.isin(of, voices) for of in (of_rows, of_silent, of_said))
         w, b = _fit_personas(x[~mine], label[~mine], quiet_x[:n_undecided][~quiet[:n_undecided]], len(personas))
         unseen[mine], unseen_silent[quiet] = x[mine] @ w + b, quiet_x[quiet] @ w + b

@@ -32,7 +32,7 @@ MIN_REASON = 0.05
 
 @dataclass(frozen=True)
 class Reason:
-    """A feature that spoke for a persona; weight is its share of the score in log-odds against the mean over personas."""
+    """A feature that spoke for a persona, or against it (weight below 0); weight is its share of the score in log-odds against the mean over personas."""
 
     feature: str
     persona: str
@@ -161,21 +161,27 @@ class PersonaClassifier:
         return Scores(
             personas={p: float(s) for p, s in zip(self.personas, personas, strict=True)},
             in_domain=float(sigmoid(raw[-1:])[0]),
-            reasons=self._reasons(query, columns, values, best),
+            reasons=_strongest(self._reasons(query, columns, values, best)),
             min_in_domain=self.min_in_domain,
             known=known,
             min_known=self.tells.least if self.tells else 0.0,
         )
 
-    def _reasons(self, query: Query, columns: np.ndarray, values: np.ndarray, best: int) -> tuple[Reason, ...]:
+    def explain(self, query: Query, persona: str | None = None) -> list[Reason]:
+        """Every word, phrase and profile field of a query with what it says for a persona (the leading one), in log-odds; negative: against it."""
+        columns, values = self._row(query)
+        scores = self._raw_of(query, columns, values)[:-1]
+        return self._reasons(query, columns, values, int(scores.argmax()) if persona is None else self.personas.index(persona))
+
+    def _reasons(self, query: Query, columns: np.ndarray, values: np.ndarray, persona: int) -> list[Reason]:
         weights = self.weights[columns, :-1]  # (n, P)
-        shares = values * (weights[:, best] - weights.mean(axis=1)) / self.temperature
+        shares = values * (weights[:, persona] - weights.mean(axis=1)) / self.temperature
         by_column: dict[int, float] = {}
         for column, share in zip(columns.tolist(), shares.tolist(), strict=True):
             by_column[column] = by_column.get(column, 0.0) + share
         whole = Query("\n".join(query.turns), query.profile) if query.turns else query
         found = self.space.reasons(whole, by_column)
-        return tuple(Reason(name, self.personas[best], round(w, 4)) for name, w in found[:MAX_REASONS] if w >= MIN_REASON)
+        return [Reason(name, self.personas[persona], round(w, 4)) for name, w in found]
 
     def save(self, folder: Path) -> str:
         """Write the artefact into an existing folder and return its version, a digest of its bytes."""
@@ -223,6 +229,12 @@ class PersonaClassifier:
                 "run `deskroute retrain router` after changing personas.yaml"
             )
         return cls(FeatureSpace.from_arrays(arrays), trained, *parts, version=version, decay=decay, segments=segments, tells=tells)
+
+
+def _strongest(reasons: Sequence[Reason]) -> tuple[Reason, ...]:
+    """The MAX_REASONS that decided most, for or against, those for it first."""
+    chosen = sorted((r for r in reasons if abs(r.weight) >= MIN_REASON), key=lambda r: -abs(r.weight))[:MAX_REASONS]
+    return tuple(sorted(chosen, key=lambda r: -r.weight))
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any], str]:

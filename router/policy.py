@@ -23,7 +23,10 @@ class PolicySettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     min_known: float | None = Field(
-        default=None, ge=0, le=1, description="below this probability that the sender can be told nobody is picked; None: the artefact's own threshold"
+        default=None,
+        ge=0,
+        le=1,
+        description="below this probability that the sender can be told nobody is picked; None: the artefact's own threshold",
     )
     min_confidence: float = Field(default=0.3, ge=0, le=1, description="below this probability of the leading persona nobody is picked")
     mix_margin: float = Field(default=0.12, ge=0, le=1, description="two leading personas this close share the answer; 0 turns mixing off")
@@ -56,7 +59,9 @@ def decide(scores: Scores, settings: PolicySettings) -> Route:
     ranked = sorted(scores.personas.items(), key=lambda item: -item[1])
     (first, p1), (second, p2) = ranked[0], ranked[1] if len(ranked) > 1 else ("", 0.0)
     if scores.known < known:
-        return Route("fallback", None, p1, reason=f"nothing tells who is asking ({scores.known:.2f}, needs {known:.2f}); {first} would lead with {p1:.2f}")
+        return Route(
+            "fallback", None, p1, reason=f"nothing tells who is asking ({scores.known:.2f}, needs {known:.2f}); {first} would lead with {p1:.2f}"
+        )
     if settings.mix_margin > 0 and second and p1 - p2 <= settings.mix_margin and p1 + p2 >= settings.mix_floor:
         mix = {first: p1 / (p1 + p2), second: p2 / (p1 + p2)}
         return Route("mix", first, p1, mix, f"between {first} ({p1:.2f}) and {second} ({p2:.2f})")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from persona_models.errors import ConfigError
-from router.classifier import FILE, MANIFEST, MAX_REASONS, PersonaClassifier, sigmoid, softmax
+from router.classifier import FILE, MANIFEST, MAX_REASONS, MIN_REASON, PersonaClassifier, sigmoid, softmax
 from router.features import FeatureSpace, Profile, Query, TextSpace
 
 PERSONAS = ("leadership", "field", "admin")
@@ -56,7 +56,9 @@ def test_reasons_name_words_of_the_winner_largest_first(classifier):
         weights = [r.weight for r in scores.reasons]
         assert len(weights) <= MAX_REASONS
         assert weights == sorted(weights, reverse=True)
-        assert all(w > 0 for w in weights)
+        # The strongest of all, for or against.
+        strength = sorted((abs(r.weight) for r in classifier.explain(query)), reverse=True)
+        assert sorted(map(abs, weights), reverse=True) == [w for w in strength if w >= MIN_REASON][:MAX_REASONS]
         assert {r.persona for r in scores.reasons} <= {best}
         for reason in scores.reasons:
             words = reason.feature.split('"')[1].split() if reason.feature.startswith("word") else []
@@ -71,6 +73,12 @@ def test_a_planted_word_is_the_reason():
     planted = PersonaClassifier(space, PERSONAS, weights, np.zeros(4), 1.0, 0.5)
     assert [r.feature for r in planted.score([QUERIES[2]])[0].reasons] == ['word "payroll"']
     assert [r.feature for r in planted.score([QUERIES[0]])[0].reasons] == ['title "director"']
+    # Signed: what speaks for one persona speaks against another.
+    for_it, against = (planted.explain(QUERIES[2], p) for p in (PERSONAS[2], PERSONAS[0]))
+    assert (for_it[0].feature, for_it[0].persona) == ('word "payroll"', PERSONAS[2])
+    assert for_it[0].weight > 0
+    assert (against[-1].feature, against[-1].persona) == ('word "payroll"', PERSONAS[0])
+    assert against[-1].weight < 0
 
 
 def test_saved_and_loaded_gives_identical_scores(classifier, tmp_path):

@@ -28,9 +28,19 @@ def test_two_that_are_close_and_together_likely_share():
 
 
 def test_two_that_are_close_but_not_likely_do_not_share():
-    route = decide(scores(0.30, 0.28, 0.2, 0.12, 0.1), SETTINGS)
+    route = decide(scores(0.30, 0.28, 0.2, 0.12, 0.1), PolicySettings(min_confidence=0.45))
     assert (route.decision, route.persona, route.mix) == ("fallback", None, {})
     assert "0.45" in route.reason
+
+
+def test_a_sender_of_whom_nothing_tells_falls_back_however_sure_the_scores_are():
+    sure = {"field": 0.97, "admin": 0.03}
+    unknown = Scores(sure, 0.9, min_in_domain=0.2, known=0.3, min_known=0.5)
+    route = decide(unknown, SETTINGS)
+    assert (route.decision, route.persona) == ("fallback", None)
+    assert "nothing tells who is asking (0.30, needs 0.50); field would lead with 0.97" in route.reason
+    assert decide(unknown, PolicySettings(min_known=0.2)).persona == "field"
+    assert decide(Scores(sure, 0.9, known=0.6, min_known=0.5), SETTINGS).persona == "field"
 
 
 def test_a_margin_of_zero_turns_mixing_off():

@@ -161,7 +161,7 @@ def test_report_counts_the_held_out_voices_and_nothing_else(trained):
     assert sum(e["kind"] == "persona" for e in report.errors) == held - np.trace(report.confusion)
     assert sum(n for _, _, n in report.retrieval_confusions) == sum(e["kind"] == "article" for e in report.errors)
     expected = {
-        "accuracy_text", "macro_f1_text", "ece_text", "brier_text", "coverage_at_threshold", "accuracy_at_threshold", "accuracy_profile",
+        "accuracy_text", "macro_f1_text", "ece_text", "brier_text", "fallback_of_known", "accuracy_at_threshold", "accuracy_at_80", "accuracy_profile",
         "in_domain_auroc", "false_decline_rate", "retrieval_top1", "retrieval_top3", "article_lost", "no_article_uncovered",
         "no_article_out_of_domain", "latency_p50_ms", "latency_p95_ms",
     }  # fmt: skip
