@@ -146,12 +146,12 @@ def _complexity_router(training: Sequence[Labelled], personas: Sequence[str]) ->
 def _measure(
     way: Contestant, held: Sequence[Labelled], neutral: Sequence[Labelled], strangers: Sequence[Labelled], personas: Sequence[str]
 ) -> dict[str, Any]:
-    for row in held[:WARM_UP]:
-        way.pick(row.text)
+    for prompt in held[:WARM_UP]:
+        way.pick(prompt.text)
     spent, picked = [], []
-    for row in held:
+    for prompt in held:
         began = time.perf_counter()
-        picked.append(way.pick(row.text))
+        picked.append(way.pick(prompt.text))
         spent.append(1000 * (time.perf_counter() - began))
     label = [r.persona for r in held]
     right = np.array([p == of for (p, _), of in zip(picked, label, strict=True)])

@@ -27,14 +27,14 @@ from persona_models.errors import WorkError
 from pipelines.router_corpus import FOLDS, Labelled, RouterData, Titles, folds, read_router_corpus, seen
 from pipelines.router_report import RouterReport, measure
 from pipelines.train_knowledge import fit_knowledge
-from pipelines.train_segments import fit_decay, fit_segmenter
+from pipelines.train_segments import fit_segmenter, fit_trust
 from router.classifier import MANIFEST, PersonaClassifier, Tells, sigmoid, softmax
 from router.features import FeatureSpace, Profile, TextSpace
 from router.knowledge import KnowledgeBase
 from router.lexicon import Lexicon
 
 # Strength of the fits (scikit-learn's C) and of the pull of term weights towards 1; chosen on voices left out of training.
-PERSONA_C = 3.0
+PERSONA_C = 5.0
 IN_DOMAIN_C = 30.0
 TELLS_C = 1.0
 PROFILE_WEIGHT = 2.0
@@ -124,7 +124,7 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
     if strangers and len({r.voice for r in strangers}) > 1:
         inside, inside_bias, threshold = _fit_in_domain(space, [*requests, *strangers], request, seed)
     made = PersonaClassifier(space, personas, np.column_stack([weights, inside]), np.append(bias, inside_bias), temperature, threshold, tells=known)
-    made.decay = fit_decay(made, data.talks)
+    made.trust = fit_trust(made, data.talks)
     segmenter = fit_segmenter(made, data, seed)
     made.segments = segmenter.facts() if segmenter else None
     return made

@@ -1,4 +1,4 @@
-"""Conversations and messages with two requests -> how much earlier turns count, and which cuts are cuts; measured on held-out voices.
+"""Conversations and messages with two requests -> how far a turn that tells outweighs those before it, and which cuts are cuts; measured on held-out voices.
 
 The classifier never sees these texts in training, so what it says of them is what it would say of anybody's. Knows nothing of MLflow or HTTP.
 """
@@ -15,27 +15,26 @@ from router.classifier import PersonaClassifier, sigmoid
 from router.features import Query, query_of
 from router.segment import Cut, Segmenter, cuts, features
 
-DECAYS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TRUSTS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 # Of messages with one request, how many may be split.
 MAX_FALSE_SPLITS = 0.01
 SEGMENT_C = 1.0
 
 
-def fit_decay(classifier: PersonaClassifier, talks: Sequence[Talk]) -> float:
-    """What a turn's evidence still counts one turn later: the value under which the personas of conversations are most likely."""
+def fit_trust(classifier: PersonaClassifier, talks: Sequence[Talk]) -> float:
+    """How much a turn must tell to outweigh those before it: the value under which the personas of conversations are most likely."""
     seen = [t for t in talks if not t.voice.startswith("held_")]
     if not seen:
-        return classifier.decay
-    kept = classifier.decay
+        return classifier.trust
+    queries, of = [query_of(t.messages) for t in seen], [classifier.personas.index(t.persona) for t in seen]
+    kept, likelihood = classifier.trust, {}
     try:
-        likelihood = {}
-        for decay in DECAYS:
-            classifier.decay = decay
-            p, _ = classifier.probabilities([query_of(t.messages) for t in seen])
-            likelihood[decay] = float(np.log(p[np.arange(len(seen)), [classifier.personas.index(t.persona) for t in seen]] + 1e-6).mean())
+        for classifier.trust in TRUSTS:
+            p, _ = classifier.probabilities(queries)
+            likelihood[classifier.trust] = float(np.log(p[np.arange(len(seen)), of] + 1e-6).mean())
     finally:
-        classifier.decay = kept
-    return max(likelihood, key=lambda d: likelihood[d])
+        classifier.trust = kept
+    return max(likelihood, key=lambda t: likelihood[t])
 
 
 def fit_segmenter(classifier: PersonaClassifier, data: RouterData, seed: int = 0) -> Segmenter | None:

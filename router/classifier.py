@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,24 @@ class Tells:
         return sigmoid(self.lead * np.log(p / (1 - p)) + self.own * score + self.shift)
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """One turn's features and what they say; weight: its part in the conversation's scores."""
+
+    query: Query
+    columns: np.ndarray
+    values: np.ndarray
+    personas: np.ndarray  # (P,)
+    known: float
+    weight: float = 1.0
+
+
+def _mixed(turns: Sequence[_Turn]) -> np.ndarray:
+    """Persona probabilities (P,) of a conversation."""
+    mixed: np.ndarray = sum((turn.weight * turn.personas for turn in turns), np.zeros(len(turns[0].personas)))
+    return mixed
+
+
 class PersonaClassifier:
     """The router's scorer."""
 
@@ -85,14 +103,14 @@ class PersonaClassifier:
         min_in_domain: float,
         version: str = "unsaved",
         *,
-        decay: float = 0.5,
+        trust: float = 2.0,
         segments: Mapping[str, Any] | None = None,
         tells: Tells | None = None,
     ) -> None:
         """weights: (F, P + 1), bias: (P + 1,); the last column is the in-domain model, its own calibration already multiplied in.
 
-        decay: what a user turn's evidence for a persona still counts one turn later; segments: the numbers of router/segment.py, if it was fitted;
-        tells: without it every sender counts as known.
+        tells: without it every sender counts as known, and only the last turn counts; trust: a turn's part in a conversation is how likely it tells,
+        to this power; segments: the numbers of router/segment.py, if it was fitted.
         """
         if weights.shape != (len(space), len(personas) + 1) or bias.shape != (len(personas) + 1,):
             raise ConfigError(f"router: weights {weights.shape} and bias {bias.shape} do not fit {len(space)} features and {len(personas)} personas")
@@ -105,7 +123,7 @@ class PersonaClassifier:
         self.temperature = float(temperature)
         self.min_in_domain = float(min_in_domain)
         self.version = version
-        self.decay = float(decay)
+        self.trust = float(trust)
         self.segments = segments
         self.tells = tells
 
@@ -117,30 +135,37 @@ class PersonaClassifier:
         """Persona probabilities (N, P) and in-domain probabilities (N,), without reasons."""
         if not queries:
             return np.zeros((0, len(self.personas))), np.zeros(0)
-        raw = np.stack([self._raw_of(query, *self._row(query)) for query in queries])
-        return softmax(raw[:, :-1] / self.temperature), sigmoid(raw[:, -1])
+        read = [self._read(query) for query in queries]
+        return np.stack([_mixed(turns) for turns, _ in read]), np.array([inside for _, inside in read])
 
-    def known(self, queries: Sequence[Query]) -> np.ndarray:
-        """How likely it is that each query gives its sender away (N,)."""
-        return np.array([s.known for s in self.score(queries)])
+    def _read(self, query: Query) -> tuple[list[_Turn], float]:
+        """What each turn that is looked at says, the latest first, and how likely the query is a helpdesk request.
 
-    def _row(self, query: Query) -> tuple[np.ndarray, np.ndarray]:
-        """What speaks for the personas: the last turn with the profile, and earlier turns with less weight the older they are. A column may recur."""
-        if not query.turns:
-            return self.space.row(query)
-        rows = [self.space.row(Query(query.turns[0], query.profile))]
-        for age, turn in enumerate(query.turns[1:], 1):
-            columns, values = self.space.text_row(turn)
-            rows.append((columns, values * np.float32(self.decay**age)))
-        return np.concatenate([c for c, _ in rows]), np.concatenate([v for _, v in rows])
+        A conversation's turns are looked at one by one: a later one counts as far as it tells who is writing, and leaves the rest to those before it.
+        Whether it is a request is a matter of the last turn, with earlier ones where that says too little.
+        """
+        if not query.turns or not self.tells:
+            turn, inside = self._turn(Query(query.text, query.profile))
+            return [turn], inside
+        turns = [self._turn(Query(text, query.profile))[0] for text in query.turns]
+        weights = np.array([turn.known for turn in turns]) ** self.trust
+        # The first turn takes what all later ones left.
+        weights[-1] = 1.0
+        left = np.concatenate([[1.0], np.cumprod(1 - weights[:-1])])
+        inside = float(sigmoid(self.raw(*self.space.text_row(query.text))[-1:])[0])
+        return [replace(turn, weight=float(w)) for turn, w in zip(turns, weights * left, strict=True)], inside
 
-    def _raw_of(self, query: Query, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Scores (P + 1,). Whether it is a request is a matter of the last turn, and of the ones before where it says too little."""
+    def _turn(self, query: Query) -> tuple[_Turn, float]:
+        columns, values = self.space.row(query)
         raw = self.raw(columns, values)
-        if query.turns:
-            columns, values = self.space.text_row(query.text)
-            raw[-1] = self.raw(columns, values)[-1]
-        return raw
+        personas = softmax(raw[None, :-1] / self.temperature)[0]
+        known = 1.0
+        if self.tells:
+            score = float(values @ self.tells.weights[columns]) + self.tells.bias
+            if query.profile.title or query.profile.department or query.profile.tenure_days is not None:
+                score = max(score, PROFILE_TELLS)
+            known = float(self.tells.known(personas.max(keepdims=True), np.array([score]))[0])
+        return _Turn(query, columns, values, personas, known), float(sigmoid(raw[-1:])[0])
 
     def raw(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
         """A feature row -> scores (P + 1,) in log-odds, before temperature; the last is that of being a request."""
@@ -148,39 +173,31 @@ class PersonaClassifier:
         return raw
 
     def _score(self, query: Query) -> Scores:
-        columns, values = self._row(query)
-        raw = self._raw_of(query, columns, values)
-        personas = softmax(raw[None, :-1] / self.temperature)[0]
-        best = int(personas.argmax())
-        known = 1.0
-        if self.tells:
-            score = float(values @ self.tells.weights[columns]) + self.tells.bias
-            if query.profile.title or query.profile.department or query.profile.tenure_days is not None:
-                score = max(score, PROFILE_TELLS)
-            known = float(self.tells.known(personas[best : best + 1], np.array([score]))[0])
+        turns, inside = self._read(query)
+        personas = _mixed(turns)
+        telling = max(turns, key=lambda t: t.weight)
         return Scores(
             personas={p: float(s) for p, s in zip(self.personas, personas, strict=True)},
-            in_domain=float(sigmoid(raw[-1:])[0]),
-            reasons=_strongest(self._reasons(query, columns, values, best)),
+            in_domain=inside,
+            reasons=_strongest(self._reasons(telling, int(personas.argmax()))),
             min_in_domain=self.min_in_domain,
-            known=known,
+            known=max(turn.known for turn in turns),
             min_known=self.tells.least if self.tells else 0.0,
         )
 
     def explain(self, query: Query, persona: str | None = None) -> list[Reason]:
-        """Every word, phrase and profile field of a query with what it says for a persona (the leading one), in log-odds; negative: against it."""
-        columns, values = self._row(query)
-        scores = self._raw_of(query, columns, values)[:-1]
-        return self._reasons(query, columns, values, int(scores.argmax()) if persona is None else self.personas.index(persona))
+        """Every word, phrase and profile field with what it says for a persona (the leading one), in log-odds; negative: against it.
 
-    def _reasons(self, query: Query, columns: np.ndarray, values: np.ndarray, persona: int) -> list[Reason]:
-        weights = self.weights[columns, :-1]  # (n, P)
-        shares = values * (weights[:, persona] - weights.mean(axis=1)) / self.temperature
-        by_column: dict[int, float] = {}
-        for column, share in zip(columns.tolist(), shares.tolist(), strict=True):
-            by_column[column] = by_column.get(column, 0.0) + share
-        whole = Query("\n".join(query.turns), query.profile) if query.turns else query
-        found = self.space.reasons(whole, by_column)
+        Of a conversation, those of the turn that decided.
+        """
+        turns, _ = self._read(query)
+        at = int(_mixed(turns).argmax()) if persona is None else self.personas.index(persona)
+        return self._reasons(max(turns, key=lambda t: t.weight), at)
+
+    def _reasons(self, turn: _Turn, persona: int) -> list[Reason]:
+        weights = self.weights[turn.columns, :-1]  # (n, P)
+        shares = turn.values * (weights[:, persona] - weights.mean(axis=1)) / self.temperature
+        found = self.space.reasons(turn.query, dict(zip(turn.columns.tolist(), shares.tolist(), strict=True)))
         return [Reason(name, self.personas[persona], round(w, 4)) for name, w in found]
 
     def save(self, folder: Path) -> str:
@@ -190,7 +207,7 @@ class PersonaClassifier:
             "personas": self.personas,
             "temperature": self.temperature,
             "min_in_domain": self.min_in_domain,
-            "decay": self.decay,
+            "trust": self.trust,
             "segments": self.segments,
             "tells": None if self.tells is None else {k: v for k, v in vars(self.tells).items() if k != "weights"},
         }
@@ -216,7 +233,7 @@ class PersonaClassifier:
             trained = tuple(str(p) for p in about["personas"])
             parts = arrays["weights"], arrays["bias"], float(about["temperature"]), float(about["min_in_domain"])
             # Older artefacts have none of these.
-            decay, segments = float(about.get("decay", 0.5)), about.get("segments")
+            trust, segments = float(about.get("trust", 2.0)), about.get("segments")
             numbers = about.get("tells")
             tells = Tells(arrays["tells"], **{k: float(v) for k, v in numbers.items()}) if numbers else None
             if tells and tells.weights.shape != (arrays["weights"].shape[0],):
@@ -228,7 +245,7 @@ class PersonaClassifier:
                 f"router: {folder} was trained for the personas {', '.join(trained)}, the catalogue has {', '.join(personas)}; "
                 "run `deskroute retrain router` after changing personas.yaml"
             )
-        return cls(FeatureSpace.from_arrays(arrays), trained, *parts, version=version, decay=decay, segments=segments, tells=tells)
+        return cls(FeatureSpace.from_arrays(arrays), trained, *parts, version=version, trust=trust, segments=segments, tells=tells)
 
 
 def _strongest(reasons: Sequence[Reason]) -> tuple[Reason, ...]:

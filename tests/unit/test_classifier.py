@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from persona_models.errors import ConfigError
-from router.classifier import FILE, MANIFEST, MAX_REASONS, MIN_REASON, PersonaClassifier, sigmoid, softmax
+from router.classifier import FILE, MANIFEST, MAX_REASONS, MIN_REASON, PersonaClassifier, Tells, sigmoid, softmax
 from router.features import FeatureSpace, Profile, Query, TextSpace
 
 PERSONAS = ("leadership", "field", "admin")
@@ -141,3 +141,47 @@ def test_numbers_that_do_not_fit_are_refused(classifier):
 def test_large_logits_do_not_overflow():
     assert softmax(np.array([[1e4, 0.0]])).tolist() == [[1.0, 0.0]]
     assert sigmoid(np.array([-1e5, 1e5])).tolist() == pytest.approx([0.0, 1.0])
+
+
+def telling(classifier, *, own: float) -> PersonaClassifier:
+    """The classifier with a model of what tells: the word "payroll" and nothing else."""
+    weights = np.zeros(len(classifier.space), dtype=np.float32)
+    weights[classifier.space.names.index('word "payroll"')] = 40.0
+    tells = Tells(weights, -4.0, 0.0, own, 0.0, 0.5)
+    return PersonaClassifier(classifier.space, PERSONAS, classifier.weights, classifier.bias, 1.7, 0.25, tells=tells, trust=1.0)
+
+
+def test_a_conversation_is_its_turns_each_as_far_as_it_tells(classifier):
+    """Against the obvious way: from the first turn on, each takes its share of what went before."""
+    made = telling(classifier, own=1.0)
+    turns = ["the payroll run fails", "it says error 49", "payroll payroll again"]
+    alone = [made.score([Query(t)])[0] for t in turns]
+    mixed = np.array(list(alone[0].personas.values()))
+    for scores in alone[1:]:
+        mixed = scores.known * np.array(list(scores.personas.values())) + (1 - scores.known) * mixed
+    query = Query(turns[-1], turns=tuple(reversed(turns)))
+    assert list(made.score([query])[0].personas.values()) == pytest.approx(mixed, abs=1e-9)
+    assert made.probabilities([query])[0][0] == pytest.approx(mixed, abs=1e-9)
+    assert made.score([query])[0].known == max(s.known for s in alone)
+    # A turn that tells nothing leaves the conversation as it was, and its reasons too.
+    neutral = Query(turns[1], turns=(turns[1], turns[0]))
+    assert alone[1].known < 0.05
+    assert list(made.score([neutral])[0].personas.values()) == pytest.approx(list(alone[0].personas.values()), abs=0.05)
+    assert made.score([neutral])[0].reasons == alone[0].reasons
+
+
+def test_a_profile_tells_whatever_the_text_says(classifier):
+    made = telling(classifier, own=1.0)
+    assert made.score([Query("it says error 49")])[0].known < 0.05
+    assert made.score([Query("it says error 49", Profile(title="Director"))])[0].known > 0.9
+    assert made.score([Query("it says error 49", Profile(location="Lyon"))])[0].known < 0.05
+
+
+def test_what_tells_is_kept_in_the_artefact(classifier, tmp_path):
+    made = telling(classifier, own=1.0)
+    made.segments = {"weights": [0.0], "bias": 0.0, "threshold": 0.5}
+    before = made.score(QUERIES)
+    made.save(tmp_path)
+    loaded = PersonaClassifier.load(tmp_path, PERSONAS)
+    assert loaded.score(QUERIES) == before
+    assert (loaded.trust, loaded.segments) == (made.trust, made.segments)
