@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -17,7 +17,7 @@ from persona_models.protocol import BASE, Engine
 from router.classifier import Reason
 from router.config import Config
 from router.desk import Desk
-from router.features import Profile, query_of, words_of
+from router.features import Profile, query_of
 from router.feedback import FeedbackStore
 from router.loading import load_classifier, load_knowledge
 from router.schema import ChatRequest, RouteInput, first_fault
@@ -61,7 +61,11 @@ def explain(desk: Desk, item: RouteInput, *, colour: bool) -> str:
     lines += [f"  the sender can be told: {scores.known:.2f} (needs {scores.min_known:.2f})", ""]
     if len(block.segments) > 1:
         lines += [f"  {n}. {s.persona}: {s.text}" for n, s in enumerate(block.segments, 1)] + [""]
-    lines += [_marked(query.turns[0] if query.turns else query.text, reasons, colour), "", f"for {leading}, in log-odds:"]
+    lines += [
+        _marked(query.turns[0] if query.turns else query.text, reasons, desk.classifier.space.text.words, colour),
+        "",
+        f"for {leading}, in log-odds:",
+    ]
     strongest = sorted(reasons, key=lambda r: -abs(r.weight))[:12]
     lines += [f"  {_painted(f'{r.weight:+.2f}', r.weight, colour)}  {r.feature}" for r in sorted(strongest, key=lambda r: -r.weight)]
     return "\n".join(lines)
@@ -71,13 +75,13 @@ def explain(desk: Desk, item: RouteInput, *, colour: bool) -> str:
 _STRENGTHS = (0.15, 0.5, 1.2)
 
 
-def _marked(text: str, reasons: Sequence[Reason], colour: bool) -> str:
+def _marked(text: str, reasons: Sequence[Reason], words: Callable[[str], list[str]], colour: bool) -> str:
     """A text whose words carry what they say: a colour, or without colours + and - behind them."""
     weights = {r.feature.split('"')[1]: r.weight for r in reasons if r.feature.startswith("word ")}
 
     def mark(match: re.Match[str]) -> str:
         word = match[0]
-        weight = weights.get(" ".join(words_of(word)), 0.0)
+        weight = weights.get(" ".join(words(word)), 0.0)
         strength = sum(abs(weight) >= s for s in _STRENGTHS)
         if not strength:
             return word

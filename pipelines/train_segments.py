@@ -5,20 +5,27 @@ The classifier never sees these texts in training, so what it says of them is wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from random import Random
 
 import numpy as np
+from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 from pipelines.router_corpus import Requests, RouterData, Talk, folds
 from router.classifier import PersonaClassifier, sigmoid
 from router.features import Query, query_of
-from router.segment import Cut, Segmenter, cuts, features
+from router.segment import FEATURES, Cut, Segmenter, cuts, features, words_at
 
 TRUSTS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 # Of messages with one request, how many may be split.
-MAX_FALSE_SPLITS = 0.01
-SEGMENT_C = 1.0
+MAX_FALSE_SPLITS = 0.02
+SEGMENT_C = 0.1
+MOST_PROMPTS = 3000
+# Words around a cut that are looked at: of so many cuts, and with a weight that matters.
+MIN_CUTS = 4
+MIN_WORD_WEIGHT = 0.02
 
 
 def fit_trust(classifier: PersonaClassifier, talks: Sequence[Talk]) -> float:
@@ -42,31 +49,45 @@ def fit_segmenter(classifier: PersonaClassifier, data: RouterData, seed: int = 0
     messages = [r for r in examples(data) if not r.voice.startswith("held_")]
     if sum(len(r.parts) == 2 for r in messages) < 20:
         return None
-    rows, labels, owner = [], [], []
+    # The classifier has learnt these, and is surer of them than of others': they only show that one request can be told in several sentences.
+    prompts = [Requests(r.text, ((r.text, ""),), r.voice) for r in (*data.prompts, *data.personal) if r.tells and not r.profile and not r.held_out]
+    messages += Random(seed).sample(prompts, min(MOST_PROMPTS, len(prompts)))
+    rows, labels, owner, around = [], [], [], []
     for i, message in enumerate(messages):
-        places = cuts(message.text)
-        if places:
+        if places := cuts(message.text):
             rows.append(features(classifier, message.text, places))
             labels += [is_cut(message, c) for c in places]
+            around += [words_at(message.text, c) for c in places]
             owner += [i] * len(places)
-    x, y, of = np.concatenate(rows), np.array(labels), np.array(owner)
+    counts = Counter(w for words in around for w in words)
+    columns = {w: i for i, w in enumerate(sorted(w for w, n in counts.items() if n >= MIN_CUTS))}
+    known = [[columns[w] for w in sorted(words) if w in columns] for words in around]
+    ends = np.cumsum([0, *map(len, known)])
+    table = sparse.csr_matrix((np.ones(ends[-1]), [c for row in known for c in row], ends), shape=(len(known), len(columns)))
+    x, y, of = sparse.hstack([sparse.csr_matrix(np.concatenate(rows)), table]).tocsr(), np.array(labels), np.array(owner)
     # The threshold comes from messages whose author the model had not seen.
     unseen = np.zeros(len(y))
     for fold in folds([messages[i].voice for i in of], seed):
-        model = LogisticRegression(C=SEGMENT_C, max_iter=1000).fit(x[~fold], y[~fold])
-        unseen[fold] = model.decision_function(x[fold])
+        unseen[fold] = _fit(x[~fold], y[~fold]).decision_function(x[fold])
     highest = np.full(len(messages), -np.inf)
     np.maximum.at(highest, of, unseen)
     single = np.array([len(m.parts) == 1 for m in messages])
     bar = float(np.quantile(highest[single], 1 - MAX_FALSE_SPLITS)) if single.any() else 0.0
-    model = LogisticRegression(C=SEGMENT_C, max_iter=1000).fit(x, y)
-    return Segmenter(model.coef_[0], float(model.intercept_[0]), float(sigmoid(np.array([max(bar, 0.0)]))[0]))
+    model = _fit(x, y)
+    weights = model.coef_[0]
+    words = {w: round(float(weights[len(FEATURES) + i]), 4) for w, i in columns.items() if abs(weights[len(FEATURES) + i]) >= MIN_WORD_WEIGHT}
+    return Segmenter(weights[: len(FEATURES)], float(model.intercept_[0]), float(sigmoid(np.array([bar]))[0]), words)
+
+
+def _fit(x: sparse.csr_matrix, y: np.ndarray) -> LogisticRegression:
+    return LogisticRegression(C=SEGMENT_C, max_iter=3000).fit(x, y)
 
 
 def examples(data: RouterData) -> list[Requests]:
-    """Messages with two requests, and ones with a single request to tell them from: of the same kind, without an article, and neutral ones."""
+    """Messages with two requests, and ones with a single request to tell them from: turns of conversations, ones without an article, neutral ones."""
     single = [Requests(r.text, ((r.text, ""),), r.voice) for r in (*data.uncovered, *data.neutral)]
-    return [*data.requests, *single]
+    single += [Requests(m.content, ((m.content, ""),), t.voice) for t in data.talks for m in t.messages if m.role == "user"]
+    return [*data.requests, *(r for r in single if cuts(r.text))]
 
 
 def is_cut(message: Requests, cut: Cut) -> bool:
@@ -92,6 +113,7 @@ def measure_segments(classifier: PersonaClassifier, segmenter: Segmenter | None,
             if of.any():
                 metrics[f"accuracy_conversation_{kind}"] = float(right[of].mean())
     held = [r for r in examples(data) if r.voice.startswith("held_")]
+    held += [Requests(r.text, ((r.text, ""),), r.voice) for r in (*data.prompts, *data.personal) if r.tells and not r.profile and r.held_out]
     double, single = ([r for r in held if len(r.parts) == n] for n in (2, 1))
     if segmenter and double:
         found = [personas_of(classifier, segmenter, r.text) for r in double]

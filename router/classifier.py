@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,12 @@ class PersonaClassifier:
             known=max(turn.known for turn in turns),
             min_known=self.tells.least if self.tells else 0.0,
         )
+
+    @cached_property
+    def columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """All linear models side by side: weights (F, P + 2) and bias (P + 2,); the last is what tells, zeros where there is no such model."""
+        own = self.tells.weights if self.tells else np.zeros(len(self.space), dtype=np.float32)
+        return np.column_stack([self.weights, own]), np.append(self.bias, self.tells.bias if self.tells else 0.0).astype(np.float64)
 
     def explain(self, query: Query, persona: str | None = None) -> list[Reason]:
         """Every word, phrase and profile field with what it says for a persona (the leading one), in log-odds; negative: against it.

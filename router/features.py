@@ -20,6 +20,7 @@ from scipy import sparse
 from persona_models.errors import ConfigError, InputError
 from persona_models.protocol import Message
 from router.lexicon import Lexicon
+from router.spelling import Speller
 
 Arrays = dict[str, np.ndarray]
 
@@ -162,6 +163,7 @@ class TextSpace:
         self.unknown_idf = float(unknown_idf)
         self.weights = (float(word_weight), float(char_weight))
         self.columns = {term: i for i, term in enumerate(self.terms)}
+        self.speller: Speller | None = None
         self._grams: dict[str, tuple[tuple[int, ...], int]] = {}
 
     def __len__(self) -> int:
@@ -191,6 +193,16 @@ class TextSpace:
         df = np.array([words[t] or grams[t] for t in kept], dtype=np.float64)
         return cls(kept, _idf(df, n), float(_idf(np.array(1.0), n)), word_weight=word_weight, char_weight=char_weight)
 
+    def words(self, text: str) -> list[str]:
+        """The words of a text, slips mended where there is a speller."""
+        found = words_of(text)
+        return [self.speller.fix(w) for w in found] if self.speller else found
+
+    def mend(self, more: Iterable[str] = ()) -> None:
+        """From now on read slips as the words of the vocabulary, or of `more`, that they come from."""
+        known = sorted((i for i, t in enumerate(self.terms) if not t.startswith("#") and " " not in t), key=lambda i: float(self.idf[i]))
+        self.speller = Speller([*(self.terms[i] for i in known), *more])
+
     def grown(self, texts: Sequence[str]) -> TextSpace:
         """The same space with the unseen terms of `texts` at its end, each as rare as a term can be. Old columns keep their number and weight."""
         fresh: dict[str, None] = {}
@@ -204,7 +216,7 @@ class TextSpace:
 
     def row(self, text: str) -> tuple[np.ndarray, np.ndarray, float]:
         """One text as columns (n,) int64, values (n,) float32 and the share of its words that no vocabulary holds, 0 to 1."""
-        in_text = words_of(text)
+        in_text = self.words(text)
         columns, get = self.columns, self.columns.get
         words: Counter[int] = Counter()
         unknown: Counter[str] = Counter()
@@ -244,7 +256,7 @@ class TextSpace:
 
         Character n-grams are thus credited to the words they stand in.
         """
-        in_text = words_of(text)
+        in_text = self.words(text)
         counts = Counter(in_text)
         in_all: Counter[int] = Counter()
         for word, n in counts.items():
@@ -314,6 +326,7 @@ class FeatureSpace:
         self.text = text
         self.lexicon = lexicon or Lexicon({})
         self.lexicon_weight = float(lexicon_weight)
+        text.mend(word for entry in self.lexicon.lists_of for word in entry.split())
         self.profile_terms = list(profile_terms)
         self.profile_weight = float(profile_weight)
         self._profile = {term: self.n_text + i for i, term in enumerate(self.profile_terms)}
@@ -358,7 +371,7 @@ class FeatureSpace:
     def text_row(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """A text alone as columns (n,) int64 and values (n,) float32."""
         columns, values, unknown = self.text.row(text)
-        lists = [len(self.text) + 1 + i for i in self.lexicon.found(words_of(text))]
+        lists = [len(self.text) + 1 + i for i in self.lexicon.found(self.text.words(text))]
         columns = np.concatenate([columns, np.array([len(self.text), *lists], dtype=np.int64)])
         values = np.concatenate([values, np.array([unknown, *[self.lexicon_weight] * len(lists)], dtype=np.float32)])
         return columns, values
@@ -374,7 +387,7 @@ class FeatureSpace:
         word lists to their words.
         """
         by_term = {term: sum(shares.get(c, 0.0) * part for c, part in parts) for term, parts in self.text.words_behind(query.text).items()}
-        for at, entries in self.lexicon.found(words_of(query.text)).items():
+        for at, entries in self.lexicon.found(self.text.words(query.text)).items():
             for entry in entries:
                 by_term[entry] = by_term.get(entry, 0.0) + shares.get(len(self.text) + 1 + at, 0.0) / len(entries)
         found = list(by_term.items())

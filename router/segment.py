@@ -8,7 +8,7 @@ would cost more than routing itself, so the evidence of each piece is summed up 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -36,7 +36,21 @@ _CUE = re.compile(
     r"|(?:he|she|they|our|the new)\b)",
     re.IGNORECASE,
 )
-FEATURES = ("gain", "least", "inside before", "inside after", *KINDS, "cue", "cue and gain", "shorter side", "pieces")
+FEATURES = (
+    "gain",
+    "least",
+    "behind the best",
+    "inside before",
+    "inside after",
+    "tells before",
+    "tells after",
+    "both tell",
+    *KINDS,
+    "cue",
+    "cue and gain",
+    "shorter side",
+    "pieces",
+)
 # A side of fewer words is no request.
 MIN_WORDS = 3
 MAX_PIECES = 24
@@ -62,13 +76,21 @@ def cuts(text: str) -> list[Cut]:
     return found[:MAX_PIECES]
 
 
-class Segmenter:
-    """Decides which cut is one; `weights` (D,) in the order of FEATURES."""
+def words_at(text: str, cut: Cut) -> set[str]:
+    """The words around a cut: the first (f), the first two, those near it on either side (s, h)."""
+    before, after = words_of(text[: cut.end])[-2:], words_of(text[cut.start :])[:5]
+    return {f"f:{after[0]}", f"f:{' '.join(after[:2])}", *(f"s:{w}" for w in after), *(f"h:{w}" for w in before)}
 
-    def __init__(self, weights: np.ndarray, bias: float, threshold: float) -> None:
+
+class Segmenter:
+    """Decides which cut is one; `weights` (D,) in the order of FEATURES, `words` of what words_at gives."""
+
+    def __init__(self, weights: np.ndarray, bias: float, threshold: float, words: Mapping[str, float]) -> None:
         if np.shape(weights) != (len(FEATURES),):
             raise ConfigError(f"router: the segmenter has {np.shape(weights)} weights, {len(FEATURES)} are wanted; run `deskroute retrain router`")
         self.weights, self.bias, self.threshold = np.asarray(weights, dtype=np.float64), float(bias), float(threshold)
+        self.words = dict(words)
+        self.words = dict(words)
 
     def split(self, classifier: PersonaClassifier, text: str) -> list[str]:
         """The requests in a message, in order; one for most. Each is a piece of the text without the space around it."""
@@ -87,13 +109,14 @@ class Segmenter:
         places = cuts(text)
         if not places:
             return None
-        probability = sigmoid(features(classifier, text, places) @ self.weights + self.bias)
+        said = np.array([sum(self.words.get(w, 0.0) for w in words_at(text, c)) for c in places])
+        probability = sigmoid(features(classifier, text, places) @ self.weights + said + self.bias)
         best = int(probability.argmax())
         return places[best] if probability[best] >= self.threshold else None
 
     def facts(self) -> dict[str, Any]:
         """The numbers, for an artefact."""
-        return {"weights": [float(w) for w in self.weights], "bias": self.bias, "threshold": self.threshold}
+        return {"weights": [float(w) for w in self.weights], "bias": self.bias, "threshold": self.threshold, "words": self.words}
 
     @classmethod
     def from_facts(cls, facts: Any) -> Segmenter | None:
@@ -101,7 +124,7 @@ class Segmenter:
         if facts is None:
             return None
         try:
-            return cls(np.array(facts["weights"], dtype=np.float64), float(facts["bias"]), float(facts["threshold"]))
+            return cls(np.array(facts["weights"], dtype=np.float64), float(facts["bias"]), float(facts["threshold"]), facts["words"])
         except (KeyError, TypeError, ValueError) as e:
             raise ConfigError(f"router: the segmenter is damaged ({e}); run `deskroute retrain router`") from None
 
@@ -114,24 +137,28 @@ def features(classifier: PersonaClassifier, text: str, places: Sequence[Cut]) ->
     rows = np.zeros((len(places), len(FEATURES)))
     for i, place in enumerate(places):
         head, tail = evidence.raw(0, i + 1), evidence.raw(i + 1, len(pieces))
-        a, b = head[:-1] / classifier.temperature, tail[:-1] / classifier.temperature
+        a, b = head[:-2] / classifier.temperature, tail[:-2] / classifier.temperature
         # How much better two personas explain the text than one does: the best pair of different ones.
         pair = (a[:, None] - a[None, :]) + (b[None, :] - b[:, None])
         p, q = np.unravel_index(int(pair.argmax()), pair.shape)
         gain = float(np.log(softmax(a[None])[0, p] + 1e-9) + np.log(softmax(b[None])[0, q] + 1e-9) - _best_of_one(a, b))
         cue = bool(_CUE.match(text[place.start :]))
-        n_head, n_tail = evidence.words[: i + 1].sum(), evidence.words[i + 1 :].sum()
+        tells = np.clip([head[-1], tail[-1]], -4, 4)
         rows[i] = [
             gain,
             np.clip(min(a[p] - a[q], b[q] - b[p]), -4, 4),
-            np.clip(head[-1], -4, 4),
-            np.clip(tail[-1], -4, 4),
+            0.0,
+            np.clip(head[-2], -4, 4),
+            np.clip(tail[-2], -4, 4),
+            *tells,
+            tells.min(),
             *(place.kind == k for k in KINDS),
             cue,
             cue * gain,
-            np.log(min(n_head, n_tail)),
+            np.log(min(evidence.words[: i + 1].sum(), evidence.words[i + 1 :].sum())),
             np.log(len(pieces)),
         ]
+    rows[:, 2] = rows[:, 0] - rows[:, 0].max()
     return rows
 
 
@@ -149,31 +176,33 @@ class Evidence:
     """
 
     def __init__(self, classifier: PersonaClassifier, pieces: Sequence[str]) -> None:
-        self.bias = classifier.raw(*classifier.space.row(Query("")))
-        self.unknown_weight = classifier.weights[len(classifier.space.text)].astype(np.float64)
+        weights, bias = classifier.columns
+        columns, values = classifier.space.row(Query(""))
+        self.bias = bias + values.astype(np.float64) @ weights[columns].astype(np.float64)
+        self.unknown_weight = weights[len(classifier.space.text)].astype(np.float64)
         space, n = classifier.space.text, len(pieces)
         self.words = np.zeros(n)
         self._unknown = np.zeros(n)
-        self._sums = np.zeros((2, n + 1, classifier.weights.shape[1]))
+        self._sums = np.zeros((2, n + 1, weights.shape[1]))
         self._squares = np.zeros((2, n + 1))
         self._weights = space.weights
         self._lists = np.zeros((n + 1, len(classifier.space.lexicon)))
         first = len(space) + 1
-        self._list_weights = classifier.weights[first : first + self._lists.shape[1]].astype(np.float64) * classifier.space.lexicon_weight
+        self._list_weights = weights[first : first + self._lists.shape[1]].astype(np.float64) * classifier.space.lexicon_weight
         for i, piece in enumerate(pieces):
             for block, (columns, strangers) in enumerate(_terms(space, piece)):
                 idf = space.idf[columns].astype(np.float64)
-                self._sums[block, i + 1] = idf @ classifier.weights[columns]
+                self._sums[block, i + 1] = idf @ weights[columns]
                 self._squares[block, i + 1] = idf @ idf + strangers * space.unknown_idf**2
                 if block == 0:
                     self._unknown[i] = strangers
-            in_piece = words_of(piece)
+            in_piece = space.words(piece)
             self.words[i] = max(1, len(in_piece))
             self._lists[i + 1, list(classifier.space.lexicon.found(in_piece))] = 1
         self._sums, self._squares, self._lists = self._sums.cumsum(axis=1), self._squares.cumsum(axis=1), self._lists.cumsum(axis=0)
 
     def raw(self, first: int, last: int) -> np.ndarray:
-        """Scores (P + 1,) of the pieces first .. last - 1 as one text without a profile."""
+        """Scores (P + 2,) of the pieces first .. last - 1 as one text without a profile, in the order of PersonaClassifier.columns."""
         total = self.bias.copy()
         for block in range(2):
             square = self._squares[block, last] - self._squares[block, first]
@@ -185,7 +214,7 @@ class Evidence:
 
 def _terms(space: TextSpace, text: str) -> list[tuple[np.ndarray, int]]:
     """Columns of a text's words with their pairs, then of its n-grams, each with the number of unknown ones."""
-    in_text = words_of(text)
+    in_text = space.words(text)
     known = [c for w in in_text if (c := space.columns.get(w)) is not None]
     pairs = [c for left, right in pairwise(in_text) if (c := space.columns.get(f"{left} {right}")) is not None]
     grams: list[int] = []
