@@ -8,6 +8,7 @@ would cost more than routing itself, so the evidence of each piece is summed up 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +18,7 @@ import numpy as np
 
 from persona_models.errors import ConfigError
 from router.classifier import PersonaClassifier, sigmoid, softmax
-from router.features import Query, TextSpace, words_of
+from router.features import MAX_CHARS, Query, TextSpace, words_of
 
 # Places where another request may begin: blank and new lines, ends of sentences, dashes, semicolons, connectives.
 _BREAKS = re.compile(
@@ -29,6 +30,7 @@ _BREAKS = re.compile(
     re.IGNORECASE,
 )
 KINDS = ("line", "sentence", "stop", "comma", "word")
+_WORD_START = re.compile(r"\b\w")
 # How the second request often begins.
 _CUE = re.compile(
     r"(?:\W*(?:and|oh|but|then)\W+)?(?:also|another|second|2\b|two\b|next|others?|separately|p\.?\s?s\b|while|plus|besides|one more|unrelated|on top"
@@ -67,18 +69,22 @@ class Cut:
 
 
 def cuts(text: str) -> list[Cut]:
-    """Possible cuts, from left to right; none within the first or the last few words."""
+    """Possible cuts, from left to right; none within the first or the last few words, and none in what is longer than is scored at all."""
+    if len(text) > MAX_CHARS:
+        return []
+    starts = [m.start() for m in _WORD_START.finditer(text)]
     found = []
     for m in _BREAKS.finditer(text):
-        kind = str(m.lastgroup)
-        if len(words_of(text[: m.start()])) >= MIN_WORDS and len(words_of(text[m.end() :])) >= MIN_WORDS:
-            found.append(Cut(m.start(), m.end(), kind))
+        before = bisect_left(starts, m.end())
+        if before >= MIN_WORDS and len(starts) - before >= MIN_WORDS:
+            found.append(Cut(m.start(), m.end(), str(m.lastgroup)))
     return found[:MAX_PIECES]
 
 
 def words_at(text: str, cut: Cut) -> set[str]:
     """The words around a cut: the first (f), the first two, those near it on either side (s, h)."""
-    before, after = words_of(text[: cut.end])[-2:], words_of(text[cut.start :])[:5]
+    # Words are no longer than features.MAX_WORD_CHARS.
+    before, after = words_of(text[max(0, cut.end - 80) : cut.end])[-2:], words_of(text[cut.start : cut.start + 200])[:5]
     return {f"f:{after[0]}", f"f:{' '.join(after[:2])}", *(f"s:{w}" for w in after), *(f"h:{w}" for w in before)}
 
 
@@ -132,40 +138,35 @@ class Segmenter:
 def features(classifier: PersonaClassifier, text: str, places: Sequence[Cut]) -> np.ndarray:
     """(N, D): what speaks for each cut."""
     bounds = [0, *(c.start for c in places), len(text)]
-    pieces = [text[a:b] for a, b in pairwise(bounds)]
-    evidence = Evidence(classifier, pieces)
-    rows = np.zeros((len(places), len(FEATURES)))
-    for i, place in enumerate(places):
-        head, tail = evidence.raw(0, i + 1), evidence.raw(i + 1, len(pieces))
-        a, b = head[:-2] / classifier.temperature, tail[:-2] / classifier.temperature
-        # How much better two personas explain the text than one does: the best pair of different ones.
-        pair = (a[:, None] - a[None, :]) + (b[None, :] - b[:, None])
-        p, q = np.unravel_index(int(pair.argmax()), pair.shape)
-        gain = float(np.log(softmax(a[None])[0, p] + 1e-9) + np.log(softmax(b[None])[0, q] + 1e-9) - _best_of_one(a, b))
-        cue = bool(_CUE.match(text[place.start :]))
-        tells = np.clip([head[-1], tail[-1]], -4, 4)
-        rows[i] = [
+    evidence = Evidence(classifier, [text[a:b] for a, b in pairwise(bounds)])
+    heads, tails = evidence.sides()
+    a, b = heads[:, :-2] / classifier.temperature, tails[:, :-2] / classifier.temperature
+    # How much better two personas explain the text than one does: the best pair of different ones.
+    pair = (a[:, :, None] - a[:, None, :]) + (b[:, None, :] - b[:, :, None])  # (N, P, P)
+    p, q = np.unravel_index(pair.reshape(len(places), -1).argmax(axis=1), pair.shape[1:])
+    each = np.arange(len(places))
+    log_a, log_b = np.log(softmax(a) + 1e-9), np.log(softmax(b) + 1e-9)
+    gain = log_a[each, p] + log_b[each, q] - (log_a + log_b).max(axis=1)
+    least = np.minimum(a[each, p] - a[each, q], b[each, q] - b[each, p])
+    cue = np.array([bool(_CUE.match(text, c.start)) for c in places], dtype=np.float64)
+    tells = np.stack([heads[:, -1], tails[:, -1]]).clip(-4, 4)
+    before = evidence.words.cumsum()[:-1]
+    return np.column_stack(
+        [
             gain,
-            np.clip(min(a[p] - a[q], b[q] - b[p]), -4, 4),
-            0.0,
-            np.clip(head[-2], -4, 4),
-            np.clip(tail[-2], -4, 4),
+            least.clip(-4, 4),
+            gain - gain.max(),
+            heads[:, -2].clip(-4, 4),
+            tails[:, -2].clip(-4, 4),
             *tells,
-            tells.min(),
-            *(place.kind == k for k in KINDS),
+            tells.min(axis=0),
+            *([c.kind == k for c in places] for k in KINDS),
             cue,
             cue * gain,
-            np.log(min(evidence.words[: i + 1].sum(), evidence.words[i + 1 :].sum())),
-            np.log(len(pieces)),
+            np.log(np.minimum(before, evidence.words.sum() - before)),
+            np.full(len(places), np.log(len(places) + 1)),
         ]
-    rows[:, 2] = rows[:, 0] - rows[:, 0].max()
-    return rows
-
-
-def _best_of_one(a: np.ndarray, b: np.ndarray) -> float:
-    """Log-probability of both sides under the one persona that explains them best."""
-    both = np.log(softmax(a[None])[0] + 1e-9) + np.log(softmax(b[None])[0] + 1e-9)
-    return float(both.max())
+    )
 
 
 class Evidence:
@@ -200,6 +201,23 @@ class Evidence:
             self.words[i] = max(1, len(in_piece))
             self._lists[i + 1, list(classifier.space.lexicon.found(in_piece))] = 1
         self._sums, self._squares, self._lists = self._sums.cumsum(axis=1), self._squares.cumsum(axis=1), self._lists.cumsum(axis=0)
+
+    def sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (N, P + 2) of what stands before and after each of the N places between pieces."""
+        last = slice(1, -1)
+        words, unknown = self.words.cumsum()[:-1], self._unknown.cumsum()[:-1]
+
+        def scores(sums: np.ndarray, squares: np.ndarray, lists: np.ndarray, share: np.ndarray) -> np.ndarray:
+            scale = np.array(self._weights)[:, None] / np.sqrt(np.maximum(squares, 1e-12))
+            made: np.ndarray = (
+                self.bias + (sums * scale[:, :, None]).sum(axis=0) + (lists > 0) @ self._list_weights + share[:, None] * self.unknown_weight
+            )
+            return made
+
+        sums, squares, lists = self._sums, self._squares, self._lists
+        heads = scores(sums[:, last], squares[:, last], lists[last], unknown / words)
+        rest = self._unknown.sum() - unknown, self.words.sum() - words
+        return heads, scores(sums[:, -1:] - sums[:, last], squares[:, -1:] - squares[:, last], lists[-1] - lists[last], rest[0] / rest[1])
 
     def raw(self, first: int, last: int) -> np.ndarray:
         """Scores (P + 2,) of the pieces first .. last - 1 as one text without a profile, in the order of PersonaClassifier.columns."""

@@ -37,6 +37,8 @@ def test_cuts_stand_where_a_request_may_begin():
     assert ("Also,", "sentence") in found
     assert ("the", "comma") in found
     assert cuts("printer jammed") == []
+    # Longer than what is scored of a text.
+    assert cuts("The tablet is dead. " * 300) == []
     assert [c.kind for c in cuts("the printer is jammed\n\nmy badge does not open the door")] == ["line"]
     # A cut never leaves a side of a word or two.
     assert cuts("Hello. My printer is jammed again today") == []
@@ -50,6 +52,14 @@ def test_evidence_is_what_the_classifier_says_of_the_text(classifier):
         text = " ".join(pieces[first:last])
         assert not {"dead payroll", "stuck tablet"} & set(classifier.space.text.columns)
         assert evidence.raw(first, last)[:-1] == pytest.approx(classifier.raw(*classifier.space.row(Query(text))), abs=2e-3)
+
+
+def test_all_sides_at_once_are_the_sides_one_by_one(classifier):
+    pieces = ["The tablets in the vans ", "lost their manuals. ", "Also our payroll clerk ", "cannot print, zzyzx zzyzx"]
+    evidence = Evidence(classifier, pieces)
+    heads, tails = evidence.sides()
+    assert heads == pytest.approx(np.stack([evidence.raw(0, i) for i in (1, 2, 3)]))
+    assert tails == pytest.approx(np.stack([evidence.raw(i, 4) for i in (1, 2, 3)]))
 
 
 def test_two_requests_are_found_in_order_and_one_is_left_whole(classifier, segmenter):
