@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -77,11 +78,17 @@ _STRENGTHS = (0.15, 0.5, 1.2)
 
 def _marked(text: str, reasons: Sequence[Reason], words: Callable[[str], list[str]], colour: bool) -> str:
     """A text whose words carry what they say: a colour, or without colours + and - behind them."""
-    weights = {r.feature.split('"')[1]: r.weight for r in reasons if r.feature.startswith("word ")}
+    weights: defaultdict[str, float] = defaultdict(float)
+    for reason in reasons:
+        if reason.feature.startswith("word"):
+            # A pair's weight is shared by its words.
+            behind = reason.feature.split('"')[1].split()
+            for word in behind:
+                weights[word] += reason.weight / len(behind)
 
     def mark(match: re.Match[str]) -> str:
         word = match[0]
-        weight = weights.get(" ".join(words(word)), 0.0)
+        weight = weights[" ".join(words(word))]
         strength = sum(abs(weight) >= s for s in _STRENGTHS)
         if not strength:
             return word

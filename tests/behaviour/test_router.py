@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from persona_models.protocol import Message
 from router.config import load_config
-from router.features import Profile, Query
+from router.features import Profile, Query, query_of
 from router.loading import load_classifier, load_knowledge
 from router.policy import decide
+from router.segment import Segmenter, split
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +105,44 @@ def test_a_companys_article_wins_for_its_own_matter(knowledge, tmp_path):
     both = knowledge.with_articles(load_folder(tmp_path))
     assert both.match("the kiln controller shows E77", 1)[0].article.id == "kiln"
     assert both.match("my laptop was stolen on the train", 1)[0].article.id == "lost_device"
+
+
+def turns(*texts):
+    messages = []
+    for text in texts:
+        messages += [Message("user", text), Message("assistant", "Ask the board, or the payroll office; the van is outside.")]
+    return query_of(messages[:-1])
+
+
+def leading(classifier, query):
+    scores = classifier.score([query])[0]
+    return max(scores.personas, key=scores.personas.get)
+
+
+def test_a_neutral_follow_up_keeps_the_persona_and_a_change_changes_it(classifier):
+    first = "standing in the van at a client's plant, the tablet does not load my jobs"
+    assert leading(classifier, turns(first, "did that, same error again")) == "field"
+    assert leading(classifier, turns(first, "did that", "it now says error 49, what does that mean?")) == "field"
+    changed = "now something else: our intern who started on Monday has no login yet and nobody told her whom to ask"
+    assert leading(classifier, turns(first, changed)) == "new_hire"
+
+
+def test_what_gives_nobody_away_falls_back_unless_a_profile_tells(classifier):
+    settings = load_config().policy
+    neutral = "outlook keeps asking for my password"
+    assert decide(score(classifier, neutral), settings).decision == "fallback"
+    assert decide(score(classifier, neutral, title="Payroll Clerk", department="Finance"), settings).persona == "admin"
+
+
+def test_slips_do_not_change_who_it_is(classifier):
+    assert leading(classifier, Query("the payrol run does not pst and the invocies must go out today")) == "admin"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "   ", "😀😀😀", "\x00\x01\x02", "مرحبا الطابعة لا تعمل", "\u202eabc", "a" * 200_000, "vpn " * 50_000, "\n\n\n- \n- "]
+)
+def test_odd_texts_get_a_decision(classifier, text):
+    scores = score(classifier, text)
+    assert sum(scores.personas.values()) == pytest.approx(1)
+    assert decide(scores, load_config().policy).decision in ("persona", "mix", "fallback", "decline")
+    assert split(classifier, Segmenter.from_facts(classifier.segments), Query(text))

@@ -20,6 +20,7 @@ from router.features import FeatureSpace, Query
 from router.feedback import FeedbackStore
 from router.ingress import create_app
 from router.knowledge import KnowledgeBase
+from router.segment import FEATURES
 
 PERSONAS = ("leadership", "knowledge_worker", "field", "admin", "new_hire")
 WORDS = {"leadership": "board", "knowledge_worker": "dataset", "field": "customer", "admin": "payroll", "new_hire": "first"}
@@ -86,6 +87,60 @@ async def test_auto_routes_grounds_and_says_so(sdk):
     assert abs(sum(block["scores"].values()) - 1) < 1e-3
     assert block["reasons"][0]["persona"] == "field"
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+CUTS_AT_LINES = {"weights": [0.0] * len(FEATURES), "bias": -9.0, "threshold": 0.5, "words": {}}
+CUTS_AT_LINES["weights"][FEATURES.index("line")] = 20.0
+TWO = "my vpn drops at the customer\nthe payroll printer is jammed again"
+
+
+@pytest.fixture
+async def splitting(make_app, engine, monkeypatch):
+    """An SDK on a router that takes every line for a request."""
+    made = tiny_classifier()
+    made.segments = CUTS_AT_LINES
+    monkeypatch.setitem(globals(), "tiny_classifier", lambda: made)
+    transport = httpx.ASGITransport(make_app(), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+        yield openai.AsyncOpenAI(base_url="http://desk/v1", api_key="none", http_client=client, max_retries=0)
+
+
+async def test_two_requests_in_a_message_are_both_answered_in_order(splitting):
+    earlier = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "what is it?"}]
+    answer = await splitting.chat.completions.create(model="auto", messages=[*earlier, {"role": "user", "content": TWO}])
+    first, second = TWO.split("\n")
+    assert answer.choices[0].message.content == f"[field] About the VPN. | {first}\n\n[admin] About the VPN. | {second}"
+    block = answer.model_extra["deskroute"]
+    assert (block["decision"], block["persona"], block["mix"]) == ("mix", "field", {"field": 0.5, "admin": 0.5})
+    assert [(s["text"], s["persona"]) for s in block["segments"]] == [(first, "field"), (second, "admin")]
+    assert block["versions"] == {"field": "7", "admin": "7"}
+    assert [s["id"] for s in block["sources"]] == ["vpn"]
+    assert answer.usage.completion_tokens == sum(len(part.split(" ")) for part in answer.choices[0].message.content.split("\n\n"))
+    assert answer.choices[0].finish_reason == "stop"
+
+
+async def test_two_requests_are_streamed_one_after_the_other_and_share_the_limit(splitting):
+    stream = await splitting.chat.completions.create(model="auto", messages=[{"role": "user", "content": TWO}], stream=True, max_tokens=6)
+    chunks = [c async for c in stream]
+    assert chunks[0].model_extra["deskroute"]["versions"] == {"field": "7", "admin": "7"}
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    first, second = text.split("\n\n")
+    assert (first, second.split()[0]) == ("[field] About the", "[admin]")
+    assert len(second.split(" ")) == 3
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+
+
+async def test_a_named_persona_answers_the_whole_message(splitting):
+    answer = await splitting.chat.completions.create(model="admin", messages=[{"role": "user", "content": TWO}])
+    assert len(answer.model_extra["deskroute"]["segments"]) == 1
+    assert "\n\n" not in answer.choices[0].message.content
+
+
+async def test_lines_of_one_persona_are_one_request(splitting):
+    answer = await splitting.chat.completions.create(
+        model="auto", messages=[{"role": "user", "content": "my vpn drops again\nand the customer waits at the vpn"}]
+    )
+    assert len(answer.model_extra["deskroute"]["segments"]) == 1
 
 
 async def test_a_stream_begins_with_the_block_and_ends_with_usage(sdk):

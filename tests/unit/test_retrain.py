@@ -216,9 +216,23 @@ def test_ask_streams_an_answer_and_says_how_it_was_routed(project, capsys):
 
 def test_route_says_the_same_whatever_is_decided(project, capsys):
     """A mixture needs no engine to be told."""
-    (project / "deskroute.yaml").write_text("policy: {mix_margin: 1.0, mix_floor: 0.0}\n")
+    (project / "deskroute.yaml").write_text("policy: {min_known: 0.0, mix_margin: 1.0, mix_floor: 0.0}\n")
     assert main(["route", "my vpn does not connect"]) == 0
     assert json.loads(capsys.readouterr().out)["decision"] == "mix"
+
+
+def test_route_explains_itself_to_people(project, capsys, monkeypatch):
+    text = "the payrol run fails and the van is late"
+    assert main(["route", text, "--explain", "--profile", "title=Payroll clerk"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("persona: admin")
+    assert "a request at all:" in out
+    # Words are marked by what they say, also those with a slip in them.
+    assert "payrol+" in out
+    assert "van-" in out
+    assert 'title "payroll"' in out
+    assert "\x1b[" not in out
+    assert main(["route", "--jsonl", "x", "--explain"]) == 2
 
 
 def test_folders_that_hold_something_else_are_not_replaced(project, capsys):
