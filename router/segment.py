@@ -30,6 +30,8 @@ _BREAKS = re.compile(
     re.IGNORECASE,
 )
 KINDS = ("line", "sentence", "stop", "comma", "word")
+# What only joins the first request to the second.
+_JOINING = re.compile(r"(?:[\s,;–—-]+(?:and|plus|oh|then))?[\s,;–—-]*$", re.IGNORECASE)
 _WORD_START = re.compile(r"\b\w")
 # How the second request often begins.
 _CUE = re.compile(
@@ -105,7 +107,7 @@ class Segmenter:
             for i, segment in enumerate(segments):
                 found = self._best(classifier, segment)
                 if found:
-                    segments[i : i + 1] = [segment[: found.end].strip(), segment[found.start :].strip()]
+                    segments[i : i + 1] = [_JOINING.sub("", segment[: found.end]).strip(), segment[found.start :].strip()]
                     break
             else:
                 break
