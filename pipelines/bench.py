@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_models.errors import InputError
-from pipelines.workload import PROMPTS
+from pipelines.workload import LONG_PROMPT, PROMPTS
 
 
 def bench(what: str, out: Path | None, config: Any) -> None:
@@ -101,8 +101,7 @@ def bench_route(config: Any) -> list[dict[str, Any]]:
     for name, run in parts.items():
         times = []
         for i in range(400):
-            # About 60 words.
-            text = " ".join(PROMPTS[(i + k) % len(PROMPTS)] for k in range(7)) + f" {i}"
+            text = f"{LONG_PROMPT} {i}"
             began = time.perf_counter()
             run(text)
             times.append(1000 * (time.perf_counter() - began))

@@ -9,6 +9,12 @@ PROMPTS = (
     "git push is rejected since this morning",
     "second day here, where do I find the printer",
 )
+# One request in sixty words.
+LONG_PROMPT = (
+    "Since the update last Thursday the label printer in the dispatch office prints every second address twice, and the courier refuses those parcels at the gate. "
+    "I have switched it off and on, changed the roll, and asked Mrs Novak from purchasing, who has the same model and no such trouble. The driver says it is up to date. "
+    "Could somebody look at it before noon"
+)
 ARTICLE = """Article: VPN connection does not come up
 Cause: Most often the network in between blocks the tunnel, or the client still holds an old session.
 1. Quit the VPN client from the tray icon and start it again.

@@ -180,7 +180,7 @@ class PersonaClassifier:
         return Scores(
             personas={p: float(s) for p, s in zip(self.personas, personas, strict=True)},
             in_domain=inside,
-            reasons=_strongest(self._reasons(telling, int(personas.argmax()))),
+            reasons=tuple(r for r in self._reasons(telling, int(personas.argmax()), MAX_REASONS) if abs(r.weight) >= MIN_REASON),
             min_in_domain=self.min_in_domain,
             known=max(turn.known for turn in turns),
             min_known=self.tells.least if self.tells else 0.0,
@@ -201,10 +201,12 @@ class PersonaClassifier:
         at = int(_mixed(turns).argmax()) if persona is None else self.personas.index(persona)
         return self._reasons(max(turns, key=lambda t: t.weight), at)
 
-    def _reasons(self, turn: _Turn, persona: int) -> list[Reason]:
+    def _reasons(self, turn: _Turn, persona: int, most: int | None = None) -> list[Reason]:
         weights = self.weights[turn.columns, :-1]  # (n, P)
         shares = turn.values * (weights[:, persona] - weights.mean(axis=1)) / self.temperature
-        found = self.space.reasons(turn.query, dict(zip(turn.columns.tolist(), shares.tolist(), strict=True)))
+        by_column = np.zeros(len(self.space))
+        by_column[turn.columns] = shares
+        found = self.space.reasons(turn.query, by_column, most)
         return [Reason(name, self.personas[persona], round(w, 4)) for name, w in found]
 
     def save(self, folder: Path) -> str:
@@ -253,12 +255,6 @@ class PersonaClassifier:
                 "run `deskroute retrain router` after changing personas.yaml"
             )
         return cls(FeatureSpace.from_arrays(arrays), trained, *parts, version=version, trust=trust, segments=segments, tells=tells)
-
-
-def _strongest(reasons: Sequence[Reason]) -> tuple[Reason, ...]:
-    """The MAX_REASONS that decided most, for or against, those for it first."""
-    chosen = sorted((r for r in reasons if abs(r.weight) >= MIN_REASON), key=lambda r: -abs(r.weight))[:MAX_REASONS]
-    return tuple(sorted(chosen, key=lambda r: -r.weight))
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any], str]:

@@ -12,7 +12,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from heapq import nlargest
+from itertools import chain, pairwise
 
 import numpy as np
 from scipy import sparse
@@ -251,27 +252,27 @@ class TextSpace:
         """Texts -> (N, F) CSR, float32."""
         return csr([self.row(text)[:2] for text in texts], len(self))
 
-    def words_behind(self, text: str) -> dict[str, list[tuple[int, float]]]:
-        """Word or pair of the text -> its columns, each with the share of the column's value that this word accounts for.
+    def credit(self, text: str, shares: np.ndarray) -> dict[str, float]:
+        """Word or pair of the text -> its part of a score; shares (F or more,): what each column has added to it.
 
-        Character n-grams are thus credited to the words they stand in.
+        Character n-grams are credited to the words they stand in, each time they occur alike.
         """
         in_text = self.words(text)
-        counts = Counter(in_text)
-        in_all: Counter[int] = Counter()
-        for word, n in counts.items():
-            for column in self.grams_of(word)[0]:
-                in_all[column] += n
-        behind: dict[str, list[tuple[int, float]]] = {}
-        for word, n in counts.items():
-            shares = [(column, n * times / in_all[column]) for column, times in Counter(self.grams_of(word)[0]).items()]
+        grams = [self.grams_of(word)[0] for word in in_text]
+        columns = np.fromiter(chain.from_iterable(grams), dtype=np.int64)
+        token = np.repeat(np.arange(len(in_text)), [len(g) for g in grams])
+        times = np.bincount(columns)[columns] if len(columns) else np.ones(0)
+        of_grams = np.bincount(token, shares[columns] / times, minlength=len(in_text))
+        credited: dict[str, float] = {}
+        for word, share in zip(in_text, of_grams.tolist(), strict=True):
+            credited[word] = credited.get(word, 0.0) + share
+        for word in credited:
             if (own := self.columns.get(word)) is not None:
-                shares.append((own, 1.0))
-            behind[word] = shares
+                credited[word] += float(shares[own])
         for pair in map(" ".join, pairwise(in_text)):
             if (both := self.columns.get(pair)) is not None:
-                behind[pair] = [(both, 1.0)]
-        return behind
+                credited[pair] = float(shares[both])
+        return credited
 
     def grams_of(self, word: str) -> tuple[tuple[int, ...], int]:
         """Columns of a word's known n-grams and the number of unknown ones; remembered, because people use the same words."""
@@ -380,19 +381,22 @@ class FeatureSpace:
         """Queries -> (N, F) CSR, float32."""
         return csr([self.row(q) for q in queries], len(self))
 
-    def reasons(self, query: Query, shares: Mapping[int, float]) -> list[tuple[str, float]]:
-        """What in the query spoke for a class: (readable feature, its part of the score), largest first.
+    def reasons(self, query: Query, shares: np.ndarray, most: int | None = None) -> list[tuple[str, float]]:
+        """What in the query spoke for a class, or against it: (readable feature, its part of the score), largest first; at most the `most` strongest.
 
-        shares: column -> value times weight, for the columns of the query's row. Those of n-grams are added to the words they stand in, those of
-        word lists to their words.
+        shares (F,): value times weight of every column of the query's row, 0 elsewhere. Those of n-grams are added to the words they stand in, those
+        of word lists to their words.
         """
-        by_term = {term: sum(shares.get(c, 0.0) * part for c, part in parts) for term, parts in self.text.words_behind(query.text).items()}
+        by_term = self.text.credit(query.text, shares)
         for at, entries in self.lexicon.found(self.text.words(query.text)).items():
             for entry in entries:
-                by_term[entry] = by_term.get(entry, 0.0) + shares.get(len(self.text) + 1 + at, 0.0) / len(entries)
-        found = list(by_term.items())
-        profile = [(t, shares.get(self._profile[t], 0.0)) for t in profile_terms(query.profile) if t in self._profile and t != _NO_PROFILE]
-        return sorted([(_readable(term), w) for term, w in found] + profile, key=lambda reason: (-reason[1], reason[0]))
+                by_term[entry] = by_term.get(entry, 0.0) + float(shares[len(self.text) + 1 + at]) / len(entries)
+        found = [(term, w, True) for term, w in by_term.items()]
+        found += [(t, float(shares[self._profile[t]]), False) for t in profile_terms(query.profile) if t in self._profile and t != _NO_PROFILE]
+        if most is not None:
+            found = nlargest(most, found, key=lambda reason: (abs(reason[1]), reason[0]))
+        readable = [(_readable(term) if of_text else term, w) for term, w, of_text in found]
+        return sorted(readable, key=lambda reason: (-reason[1], reason[0]))
 
     def arrays(self) -> Arrays:
         """The space as arrays, for an artefact."""

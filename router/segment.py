@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -184,25 +184,29 @@ class Evidence:
         self.bias = bias + values.astype(np.float64) @ weights[columns].astype(np.float64)
         self.unknown_weight = weights[len(classifier.space.text)].astype(np.float64)
         space, n = classifier.space.text, len(pieces)
-        self.words = np.zeros(n)
-        self._unknown = np.zeros(n)
-        self._sums = np.zeros((2, n + 1, weights.shape[1]))
-        self._squares = np.zeros((2, n + 1))
+        first, of_list = len(space) + 1, len(classifier.space.lexicon)
         self._weights = space.weights
-        self._lists = np.zeros((n + 1, len(classifier.space.lexicon)))
-        first = len(space) + 1
-        self._list_weights = weights[first : first + self._lists.shape[1]].astype(np.float64) * classifier.space.lexicon_weight
+        self._list_weights = weights[first : first + of_list].astype(np.float64) * classifier.space.lexicon_weight
+        self.words, self._unknown, lists = np.zeros(n), np.zeros(n), np.zeros((n + 1, of_list))
+        columns_of: list[list[list[int]]] = [[], []]
+        strangers = np.zeros((2, n))
         for i, piece in enumerate(pieces):
-            for block, (columns, strangers) in enumerate(_terms(space, piece)):
-                idf = space.idf[columns].astype(np.float64)
-                self._sums[block, i + 1] = idf @ weights[columns]
-                self._squares[block, i + 1] = idf @ idf + strangers * space.unknown_idf**2
-                if block == 0:
-                    self._unknown[i] = strangers
             in_piece = space.words(piece)
             self.words[i] = max(1, len(in_piece))
-            self._lists[i + 1, list(classifier.space.lexicon.found(in_piece))] = 1
-        self._sums, self._squares, self._lists = self._sums.cumsum(axis=1), self._squares.cumsum(axis=1), self._lists.cumsum(axis=0)
+            lists[i + 1, list(classifier.space.lexicon.found(in_piece))] = 1
+            for block, (found, strange) in enumerate(_terms(space, in_piece)):
+                columns_of[block].append(found)
+                strangers[block, i] = strange
+        self._unknown = strangers[0]
+        sums, squares = np.zeros((2, n + 1, weights.shape[1])), np.zeros((2, n + 1))
+        for block, parts in enumerate(columns_of):
+            at = np.array(list(chain.from_iterable(parts)), dtype=np.int64)
+            idf = space.idf[at].astype(np.float64)
+            # One row per piece, with a one where a term is of it: a small product instead of a loop.
+            of = (np.repeat(np.arange(n), [len(p) for p in parts])[None] == np.arange(n)[:, None]).astype(np.float64)
+            sums[block, 1:] = of @ (idf[:, None] * weights[at])
+            squares[block, 1:] = of @ (idf * idf) + strangers[block] * space.unknown_idf**2
+        self._sums, self._squares, self._lists = sums.cumsum(axis=1), squares.cumsum(axis=1), lists.cumsum(axis=0)
 
     def sides(self) -> tuple[np.ndarray, np.ndarray]:
         """Scores (N, P + 2) of what stands before and after each of the N places between pieces."""
@@ -232,9 +236,8 @@ class Evidence:
         return total + self.unknown_weight * (self._unknown[first:last].sum() / self.words[first:last].sum())
 
 
-def _terms(space: TextSpace, text: str) -> list[tuple[np.ndarray, int]]:
-    """Columns of a text's words with their pairs, then of its n-grams, each with the number of unknown ones."""
-    in_text = space.words(text)
+def _terms(space: TextSpace, in_text: Sequence[str]) -> list[tuple[list[int], int]]:
+    """Columns of words with their pairs, then of their n-grams, each with the number of unknown ones."""
     known = [c for w in in_text if (c := space.columns.get(w)) is not None]
     pairs = [c for left, right in pairwise(in_text) if (c := space.columns.get(f"{left} {right}")) is not None]
     grams: list[int] = []
@@ -243,7 +246,7 @@ def _terms(space: TextSpace, text: str) -> list[tuple[np.ndarray, int]]:
         columns, missing = space.grams_of(word)
         grams += columns
         strange += missing
-    return [(np.array(known + pairs, dtype=np.int64), len(in_text) - len(known)), (np.array(grams, dtype=np.int64), strange)]
+    return [(known + pairs, len(in_text) - len(known)), (grams, strange)]
 
 
 def split(classifier: PersonaClassifier, segmenter: Segmenter | None, query: Query) -> list[str]:

@@ -170,7 +170,11 @@ def test_reasons_add_up_to_the_score_of_the_text():
     weights = np.random.default_rng(0).normal(size=len(space))
     query = Query("payroll payroll system dropping again", Profile("Payroll trainee", "Finance", 4))
     columns, values = space.row(query)
-    reasons = space.reasons(query, dict(zip(columns.tolist(), (values * weights[columns]).tolist(), strict=True)))
+    shares = np.zeros(len(space))
+    shares[columns] = values * weights[columns]
+    reasons = space.reasons(query, shares)
+    strongest = sorted(reasons, key=lambda r: -abs(r[1]))[:3]
+    assert space.reasons(query, shares, 3) == sorted(strongest, key=lambda r: -r[1])
     assert sum(w for _, w in reasons) == pytest.approx(float((space.rows([query]) @ weights)[0]), abs=1e-5)
     assert [w for _, w in reasons] == sorted((w for _, w in reasons), reverse=True)
     assert not any("letters" in name for name, _ in reasons)

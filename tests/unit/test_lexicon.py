@@ -40,6 +40,8 @@ def test_a_list_is_one_column_however_many_of_its_words_occur_and_its_words_are_
     assert space.names[first : first + 3] == ["words of vehicles", "words of papers", "words of all"]
     again = FeatureSpace.from_arrays(space.arrays())
     assert (again.rows([Query(TEXT)]) != space.rows([Query(TEXT)])).nnz == 0
-    reasons = dict(space.reasons(Query("the van is late"), {first: 1.0, first + 2: 0.5}))
+    shares = np.zeros(len(space))
+    shares[[first, first + 2]] = 1.0, 0.5
+    reasons = dict(space.reasons(Query("the van is late"), shares))
     assert reasons['word "van"'] == 1.5
     assert reasons['word "late"'] == 0
