@@ -85,8 +85,8 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def bench_route(config: Any) -> list[dict[str, Any]]:
     """Milliseconds per prompt of each part of a routing decision."""
-    from router.features import Query
     from router.loading import load_classifier, load_knowledge
+    from router.query import Query
     from router.segment import Segmenter, split
 
     classifier, knowledge = load_classifier(config), load_knowledge(config)

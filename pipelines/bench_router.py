@@ -22,9 +22,9 @@ from pipelines.compose import CORPUS
 from pipelines.router_corpus import Labelled, RouterData, read_router_corpus, seen
 from pipelines.train_router import fit_classifier
 from router.classifier import PersonaClassifier
-from router.features import Query
 from router.loading import load_classifier
 from router.policy import decide
+from router.query import Query
 
 # Dense vectors of the training prompts must fit into memory: semantic-router keeps them so.
 TRAINING = 5000

@@ -177,7 +177,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _route(args: argparse.Namespace) -> None:
     from pipelines.local import explain, local_desk, route_file
-    from router.features import Profile
+    from router.query import Profile
     from router.schema import RouteInput
 
     if (args.text is None) == (args.jsonl is None):

@@ -22,9 +22,9 @@ from persona_models.errors import TicketError, WorkError
 from persona_models.protocol import Message
 from pipelines.tickets import ColumnMap, Ticket, TicketFile, TicketReport
 from router.config import Config
-from router.features import Profile, query_of
 from router.loading import load_classifier
 from router.policy import decide
+from router.query import Profile, query_of
 
 TICKETS, QUARANTINE, REPORT = "tickets.jsonl", "quarantine.jsonl", "report.json"
 ROUTED_AT_ONCE = 256
@@ -97,11 +97,11 @@ def import_tickets(
                     continue
                 kept.write(json.dumps(vars(ticket) | {"profile": vars(ticket.profile)}, ensure_ascii=False, default=str) + "\n")
                 report.used += 1
-    digests = {name: _digest(partial / name) for name in (TICKETS, QUARANTINE)}
+    digests = {name: file_digest(partial / name) for name in (TICKETS, QUARANTINE)}
     facts = {
         "digest": digests[TICKETS][:16],
         "files": digests,
-        "source": {"name": path.name, "sha256": _digest(path)},
+        "source": {"name": path.name, "sha256": file_digest(path)},
         "rows": report.rows,
         "used": report.used,
         "kept_aside": dict(report.reasons),
@@ -174,7 +174,8 @@ class NearDuplicates:
         return False
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """sha256 of a file of any size."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

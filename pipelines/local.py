@@ -18,9 +18,9 @@ from persona_models.protocol import BASE, Engine
 from router.classifier import Reason
 from router.config import Config
 from router.desk import Desk
-from router.features import Profile, query_of
 from router.feedback import FeedbackStore
 from router.loading import load_classifier, load_knowledge
+from router.query import Profile, query_of
 from router.schema import ChatRequest, RouteInput, first_fault
 
 

@@ -19,7 +19,7 @@ from persona_models.errors import DeskrouteError, TicketError, registry_fault
 from persona_models.registry import CHAMPION, RegistryReader
 from pipelines.compare import runs_url
 from pipelines.dataset import check_tickets
-from pipelines.imports import Imported, import_tickets
+from pipelines.imports import Imported, file_digest, import_tickets
 from pipelines.night_report import Report, Way
 from pipelines.promote import Promoter, faults, read_gates, registered_model, verdict_on
 from pipelines.retrain import Retraining, alone
@@ -119,7 +119,7 @@ class Nightly:
         path = Path(str(asked.tickets))
         with way.stage("import") as stage:
             try:
-                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                content = file_digest(path)
             except OSError as e:
                 raise TicketError(f"{path}: cannot be read ({e.strerror})") from None
             router = self.config.router, lineup_in_force(self.config).router.version
@@ -148,7 +148,8 @@ class Nightly:
                     return
             # The personas' has the articles of the router that has just been promoted.
             work = self._retraining() if name == "router" else self._personas
-            inputs = work.inputs(name, tickets)
+            prompts = self.config.nightly.prompts if name == "router" else None
+            inputs = work.inputs(name, tickets, prompts)
             known = self._known(name, "train", inputs)
             if known and (self.registry.empty or self.registry.pin(model, known["version"]) is None):
                 known = None
@@ -156,7 +157,7 @@ class Nightly:
                 stage.state, stage.said = "unchanged", f"since {known['at']}"
                 way.version, way.metrics, rivals = known["version"], known["metrics"], known["rivals"]
             else:
-                made = work.router(promote=False) if name == "router" else work.persona(name, tickets, promote=False, steps=None)
+                made = work.router(promote=False, prompts=prompts) if name == "router" else work.persona(name, tickets, promote=False, steps=None)
                 stage.said = f"version {made.version}"
                 way.version, way.metrics, rivals = made.version, made.metrics, made.rivals
                 self.ledger.write(name, "train", inputs, stage.said, version=made.version, metrics=made.metrics, rivals=made.rivals)

@@ -20,7 +20,7 @@ from persona_models.errors import InputError, TicketError
 from persona_models.personas import Persona
 from pipelines.compose import HELD_OUT
 from pipelines.router_corpus import Labelled
-from router.features import Profile
+from router.query import Profile
 
 TEXT = ("text", "prompt", "message", "question", "description", "short_description", "subject", "body")
 LABEL = ("persona", "label", "group", "assignment_group", "category", "queue", "team", "class")

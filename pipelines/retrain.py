@@ -20,7 +20,7 @@ from typing import Any
 
 from persona_models.adapters import builtin_adapter, read_adapter
 from persona_models.base_model import BaseModel, load_base
-from persona_models.errors import AdapterError, DeskrouteError, RegistryError, WorkError
+from persona_models.errors import AdapterError, DeskrouteError, RegistryError, TicketError, WorkError
 from persona_models.personas import Persona, read_personas
 from persona_models.registry import CHAMPION, ROUTER_MODEL, RegistryReader, model_name
 from pipelines import plots
@@ -28,7 +28,7 @@ from pipelines.compose import CORPUS, Corpus
 from pipelines.dataset import Dataset, build_dataset, corpus_samples
 from pipelines.evaluate import persona_matrix
 from pipelines.finetune import CHECKPOINT, WATCH_EVERY_STEPS, Finetuned, finetune
-from pipelines.imports import Imported
+from pipelines.imports import Imported, file_digest
 from pipelines.judge import BASE, NEW, Judgement, judge
 from pipelines.promote import Promoter, faults, read_gates, registered_model, verdict_on
 from pipelines.router_corpus import Labelled
@@ -213,10 +213,14 @@ class Retraining:
             run.table({"answers of": names} | {c: [float(v) for v in values[:, j]] for j, c in enumerate(["base", *names])}, "persona_matrix.json")
         return values
 
-    def inputs(self, name: str, tickets: Imported | None) -> str:
+    def inputs(self, name: str, tickets: Imported | None, prompts: Path | None = None) -> str:
         """A digest of everything that a retraining of `name` is made from: where it is the same, so would be the version."""
         if name == "router":
             facts: dict[str, Any] = {"corpus": self.corpus.digest, "seed": self.config.training.seed, "personas": list(self.catalogue)}
+            if prompts:
+                if not prompts.is_file():
+                    raise TicketError(f"{prompts}: there is no such file")
+                facts["prompts"] = file_digest(prompts)
         else:
             with alone(self._work(name), f"retrain {name}"):
                 dataset, steps = self._prepare(name, tickets, None, self.config.training)

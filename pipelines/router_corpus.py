@@ -18,7 +18,7 @@ from persona_models.errors import InputError, WorkError
 from persona_models.protocol import Message
 from pipelines.compose import HELD_OUT
 from router.article import Article, read_article
-from router.features import Profile, Query, words_of
+from router.query import Profile, Query, words_of
 
 FOLDS = 5
 

@@ -15,9 +15,9 @@ from sklearn.metrics import f1_score, roc_auc_score
 from pipelines.router_corpus import Labelled, RouterData
 from pipelines.train_segments import measure_segments
 from router.classifier import PersonaClassifier
-from router.features import Query
 from router.knowledge import KnowledgeBase
 from router.policy import PolicySettings, decide
+from router.query import Query
 from router.segment import Segmenter
 
 RELIABILITY_BINS = 10

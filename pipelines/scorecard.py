@@ -23,8 +23,8 @@ from pipelines.local import local_desk
 from pipelines.tracking import PERSONA_EXPERIMENT, Tracker
 from router.config import Config
 from router.desk import Desk
-from router.features import Profile
 from router.knowledge import load_folder
+from router.query import Profile
 from router.schema import ChatRequest
 
 EVALUATION = CORPUS / "evaluation"

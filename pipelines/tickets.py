@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from persona_models.errors import ConfigError, InputError, TicketError
 from router.config import Section
-from router.features import Profile
+from router.query import Profile
 from router.redaction import redact
 
 MAPS_FILE = Path(__file__).with_name("ticket_maps.yaml")

@@ -29,9 +29,10 @@ from pipelines.router_report import RouterReport, measure
 from pipelines.train_knowledge import fit_knowledge
 from pipelines.train_segments import fit_segmenter, fit_trust
 from router.classifier import MANIFEST, PersonaClassifier, Tells, sigmoid, softmax
-from router.features import FeatureSpace, Profile, TextSpace
+from router.features import FeatureSpace, TextSpace
 from router.knowledge import KnowledgeBase
 from router.lexicon import Lexicon
+from router.query import Profile
 
 # Strength of the fits (scikit-learn's C) and of the pull of term weights towards 1; chosen on voices left out of training.
 PERSONA_C = 5.0

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 from pipelines.router_corpus import Requests, RouterData, Talk, folds
 from router.classifier import PersonaClassifier, sigmoid
-from router.features import Query, query_of
+from router.query import Query, query_of
 from router.segment import FEATURES, Cut, Segmenter, cuts, features, words_at
 
 TRUSTS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)

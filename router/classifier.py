@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from persona_models.errors import ConfigError
-from router.features import Arrays, FeatureSpace, Query
+from router.features import Arrays, FeatureSpace
+from router.query import Query
 
 FILE = "classifier.safetensors"
 MANIFEST = "manifest.json"

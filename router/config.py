@@ -128,6 +128,9 @@ class Nightly(Section):
     """`deskroute nightly`; its flags override these."""
 
     tickets: Path | None = Field(None, description="the export to learn from; None: the built-in corpus")
+    prompts: Path | None = Field(
+        None, description="labelled prompts for the router, beside the corpus or, with a catalogue of your own, instead of it"
+    )
     map: str | None = Field(None, description="which columns carry what: servicenow, jira, zendesk, or a YAML file")
     encoding: str | None = Field(None, description="of the export, where it is not UTF-8")
     region: str | None = Field(None, description="country of phone numbers without a country code, for example DE")
@@ -270,7 +273,7 @@ def _anchor(raw: dict[str, Any], folder: Path) -> None:
     for key in ("personas", "state", "knowledge", "corpus"):
         if isinstance(raw.get(key), str):
             raw[key] = str(folder / raw[key])
-    for section, key in (("knowledge", "folder"), ("nightly", "tickets")):
+    for section, key in (("knowledge", "folder"), ("nightly", "tickets"), ("nightly", "prompts")):
         if isinstance(raw.get(section), dict) and isinstance(raw[section].get(key), str):
             raw[section][key] = str(folder / raw[section][key])
     for key in ("base", "router"):

@@ -20,10 +20,10 @@ from persona_models.protocol import BASE, Engine, GenerateRequest, Message, Toke
 from router.article import fill, handover_document
 from router.classifier import PersonaClassifier
 from router.config import Config
-from router.features import Profile, Query, query_of
 from router.feedback import FeedbackStore
 from router.knowledge import KnowledgeBase, Match
 from router.policy import Route, decide, together
+from router.query import Profile, Query, query_of
 from router.schema import ChatRequest, DeskrouteBlock, FeedbackRequest, ReasonBlock, RouteInput, SegmentBlock, SourceBlock, parse_model
 from router.segment import Segmenter, split
 from router.stream import in_turn

@@ -19,8 +19,8 @@ from starlette.exceptions import HTTPException
 from persona_models.errors import AuthError, DeskrouteError, InputError, NotReadyError, TooLargeError
 from persona_models.protocol import BASE, BUILTIN, EngineStatus, TokenEvent
 from router.desk import Desk
-from router.features import Profile
 from router.live import Live
+from router.query import Profile
 from router.schema import AUTO, ChatRequest, Conversation, FeedbackRequest, RouteRequest, completion, error_body, first_fault, parse_model
 from router.stream import server_sent_events
 from router.telemetry import CONTENT_TYPE, log

@@ -18,7 +18,8 @@ import numpy as np
 
 from persona_models.errors import ConfigError
 from router.classifier import PersonaClassifier, sigmoid, softmax
-from router.features import MAX_CHARS, Query, TextSpace, words_of
+from router.features import TextSpace
+from router.query import MAX_CHARS, Query, words_of
 
 # Places where another request may begin: blank and new lines, ends of sentences, dashes, semicolons, connectives.
 _BREAKS = re.compile(
@@ -85,7 +86,7 @@ def cuts(text: str) -> list[Cut]:
 
 def words_at(text: str, cut: Cut) -> set[str]:
     """The words around a cut: the first (f), the first two, those near it on either side (s, h)."""
-    # Words are no longer than features.MAX_WORD_CHARS.
+    # Words are no longer than query.MAX_WORD_CHARS.
     before, after = words_of(text[max(0, cut.end - 80) : cut.end])[-2:], words_of(text[cut.start : cut.start + 200])[:5]
     return {f"f:{after[0]}", f"f:{' '.join(after[:2])}", *(f"s:{w}" for w in after), *(f"h:{w}" for w in before)}
 

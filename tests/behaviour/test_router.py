@@ -6,9 +6,9 @@ import pytest
 
 from persona_models.protocol import Message
 from router.config import load_config
-from router.features import Profile, Query, query_of
 from router.loading import load_classifier, load_knowledge
 from router.policy import decide
+from router.query import Profile, Query, query_of
 from router.segment import Segmenter, split
 
 

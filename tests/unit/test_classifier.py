@@ -7,7 +7,8 @@ import pytest
 
 from persona_models.errors import ConfigError
 from router.classifier import FILE, MANIFEST, MAX_REASONS, MIN_REASON, PersonaClassifier, Tells, sigmoid, softmax
-from router.features import FeatureSpace, Profile, Query, TextSpace
+from router.features import FeatureSpace, TextSpace
+from router.query import Profile, Query
 
 PERSONAS = ("leadership", "field", "admin")
 QUERIES = [

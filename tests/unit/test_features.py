@@ -6,7 +6,8 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
 from persona_models.errors import ConfigError, InputError
 from persona_models.protocol import Message
-from router.features import MAX_CHARS, FeatureSpace, Profile, Query, TextSpace, char_grams, profile_terms, query_of, words_of
+from router.features import FeatureSpace, TextSpace, char_grams, profile_terms
+from router.query import MAX_CHARS, Profile, Query, query_of, words_of
 
 TEXTS = [
     "The payroll system locks me out again",

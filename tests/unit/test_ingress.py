@@ -16,10 +16,11 @@ from router.article import Article, Step
 from router.classifier import PersonaClassifier
 from router.config import load_config
 from router.desk import Desk
-from router.features import FeatureSpace, Query
+from router.features import FeatureSpace
 from router.feedback import FeedbackStore
 from router.ingress import create_app
 from router.knowledge import KnowledgeBase
+from router.query import Query
 from router.segment import FEATURES
 
 PERSONAS = ("leadership", "knowledge_worker", "field", "admin", "new_hire")

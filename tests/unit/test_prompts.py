@@ -17,7 +17,7 @@ from pipelines.cli import main
 from pipelines.prompts import check_labels, label_id, read_prompts
 from router.classifier import PersonaClassifier
 from router.config import load_config
-from router.features import Query
+from router.query import Query
 
 _spec = importlib.util.spec_from_file_location("corpora", Path(__file__).parent / "test_train_router.py")
 corpora = importlib.util.module_from_spec(_spec)

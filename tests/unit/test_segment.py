@@ -10,9 +10,9 @@ import pytest
 from persona_models.errors import ConfigError
 from persona_models.protocol import TokenEvent
 from router.classifier import PersonaClassifier
-from router.features import Query
 from router.loading import SHIPPED
 from router.policy import Route, together
+from router.query import Query
 from router.segment import FEATURES, Evidence, Segmenter, cuts, features
 from router.stream import in_turn
 

@@ -12,8 +12,8 @@ from pipelines import train_router as module
 from pipelines.router_corpus import folds, read_router_corpus
 from pipelines.train_router import fit_classifier, train_router
 from router.classifier import MANIFEST, PersonaClassifier
-from router.features import Profile, Query
 from router.knowledge import Calibration, KnowledgeBase
+from router.query import Profile, Query
 
 PERSONAS = ("leadership", "field", "admin")
 WORK = {
