@@ -128,9 +128,9 @@ def _steadiness(classifier: PersonaClassifier, texts: Sequence[str], before: Seq
 
 
 def _fell_back(classifier: PersonaClassifier, rows: Sequence[Labelled]) -> np.ndarray:
-    """Which texts are answered by nobody's persona, or by two: a mixture says as well that the sender is not sure (N,)."""
+    """Which texts nobody's persona is picked for (N,)."""
     settings = PolicySettings(min_in_domain=0.0)
-    return np.array([decide(s, settings).decision != "persona" for s in classifier.score([r.text_only for r in rows])])
+    return np.array([decide(s, settings).decision == "fallback" for s in classifier.score([r.text_only for r in rows])])
 
 
 def _reliability(sure: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:

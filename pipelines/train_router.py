@@ -42,7 +42,7 @@ PROFILE_WEIGHT = 2.0
 PROFILES_PER_TITLE = 2
 # What calibration may cost: the share of real requests declined, and of right articles withheld.
 MAX_FALSE_DECLINES = 0.01
-MAX_FALSE_FALLBACKS = 0.04
+EVEN_ODDS = 0.5
 
 
 def train_router(
@@ -199,13 +199,13 @@ def _fit_tells(x: sparse.csr_matrix, tells: np.ndarray) -> LogisticRegression:
 def _calibrate_tells(leading: np.ndarray, score: np.ndarray, tells: np.ndarray, model: LogisticRegression) -> Tells:
     """How a model of whether a text tells goes together with the leading persona's probability.
 
-    leading, score: as unseen models gave them. The threshold lets MAX_FALSE_FALLBACKS of the texts that tell fall back.
+    leading, score: as unseen models gave them. Both kinds of text count alike, and the threshold stands at even odds: guessing who somebody is costs as
+    much as not recognising somebody.
     """
     p = np.clip(leading, 1e-6, 1 - 1e-6)
     joint = LogisticRegression(class_weight="balanced").fit(np.column_stack([np.log(p / (1 - p)), score]), tells)
     lead, own = (float(v) for v in joint.coef_[0])
-    made = Tells(model.coef_[0].astype(np.float32), float(model.intercept_[0]), lead, own, float(joint.intercept_[0]), 0.0)
-    return replace(made, least=float(np.quantile(made.known(leading, score)[tells == 1], MAX_FALSE_FALLBACKS)))
+    return Tells(model.coef_[0].astype(np.float32), float(model.intercept_[0]), lead, own, float(joint.intercept_[0]), EVEN_ODDS)
 
 
 def _temperature(logits: np.ndarray, label: np.ndarray) -> float:
