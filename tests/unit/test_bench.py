@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from persona_models.errors import InputError
-from pipelines import bench, bench_engine, bench_llamacpp
+from pipelines import bench, bench_engine, bench_llamacpp, bench_router
 from pipelines.bench_engine import Scale
 from pipelines.contest import Contest, Timing, computing, save_made_up
+from pipelines.router_corpus import read_router_corpus
+from pipelines.train_router import fit_classifier
 from router.config import Config, Training
+from router.policy import PolicySettings
 
 _spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
 shared = importlib.util.module_from_spec(_spec)
@@ -124,3 +127,31 @@ def test_memory_is_measured_in_a_process_of_its_own(long_base_folder):
     """Ten megabytes and more: adapters, packed weights and the cache of sixteen rows; far less than the process itself."""
     assert 1 <= bench_engine._memory_mb(str(long_base_folder), "auto", "engine, five mixed", 3, 1) < 2000
     assert bench_engine._memory_mb(str(long_base_folder), "auto", "llama.cpp's server, base", 3, 1) is None
+
+
+def test_every_router_gets_the_same_prompts_and_is_measured(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("corpora", Path(__file__).parent / "test_train_router.py")
+    corpora = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(corpora)
+    data = read_router_corpus(corpora.write_corpus(tmp_path / "corpus"), corpora.PERSONAS)
+    in_force = fit_classifier(data, corpora.PERSONAS)
+    monkeypatch.setattr(bench_router, "load_classifier", lambda config: in_force)
+    monkeypatch.setattr("router.loading.load_classifier", lambda config: in_force)
+    monkeypatch.setattr(bench_router.importlib.util, "find_spec", lambda name: None)
+    config = SimpleNamespace(
+        catalogue=lambda: [SimpleNamespace(id=p) for p in corpora.PERSONAS], corpus=tmp_path / "corpus", policy=PolicySettings(), state=tmp_path
+    )
+    monkeypatch.setattr("router.loading.load_knowledge", lambda config: SimpleNamespace(best=len))
+    bench.bench("router", tmp_path / "router.json", config)
+    written = json.loads((tmp_path / "router.json").read_text())
+    assert {"left out semantic-router, TF-IDF encoder: semantic_router is not installed"} <= set(written["notes"])
+    rows = {r["router"]: r for r in written["rows"] if "router" in r}
+    assert list(rows) == ["always the most frequent", "15 nearest prompts, TF-IDF", "deskroute, the same prompts", "deskroute, as it is in force"]
+    # Each persona wrote as many held-out prompts.
+    assert rows["always the most frequent"]["accuracy"] == pytest.approx(1 / 3, abs=0.01)
+    # All of the tiny corpus is training: the same prompts give the same router.
+    for name in ("accuracy", "of the decided", "left open", "declined", "strangers declined"):
+        assert rows["deskroute, the same prompts"][name] == rows["deskroute, as it is in force"][name]
+    assert all(r["prompts/s"] > 0 for r in rows.values())
+    assert {r["part"] for r in written["rows"] if "part" in r} == {"persona and in-domain score", "requests in it", "article", "all of it"}
+    assert "persona and in-domain score" in capsys.readouterr().out

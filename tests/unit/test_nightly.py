@@ -184,3 +184,14 @@ def test_the_report_is_posted_and_says_so_where_it_cannot_be(project, monkeypatc
     err = capsys.readouterr().err
     assert "the report could not be posted (HTTP 500)" in err
     assert "secret" not in err
+
+
+def test_prompts_for_the_router_that_are_not_there_end_its_way_alone(project):
+    text = (project / "deskroute.yaml").read_text().replace("nightly: {tickets: export.csv}", "nightly: {tickets: export.csv, prompts: nowhere.csv}")
+    (project / "deskroute.yaml").write_text(text)
+    code, ways = night()
+    assert code == 1
+    assert ways["router"] == {"train": "failed"}
+    assert ways["leadership"] == {"train": "done", "promote": "done"}
+    report = json.loads((load_config().state / "reports" / "nightly.json").read_text())
+    assert "nowhere.csv: there is no such file" in report["models"][0]["stages"][0]["said"]
