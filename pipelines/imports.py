@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from persona_models.errors import TicketError, WorkError
 from persona_models.protocol import Message
 from pipelines.tickets import ColumnMap, Ticket, TicketFile, TicketReport
+from router.classifier import PersonaClassifier
 from router.config import Config
 from router.loading import load_classifier
 from router.policy import decide
@@ -121,7 +123,12 @@ class _Router:
     """The router in force, for tickets: several at once, and by the same rules as a request."""
 
     def __init__(self, config: Config) -> None:
-        self.classifier, self.policy, self.fallback = load_classifier(config), config.policy, config.fallback_model
+        self._config, self.policy, self.fallback = config, config.policy, config.fallback_model
+
+    @cached_property
+    def classifier(self) -> PersonaClassifier:
+        """An export that names every persona needs none, and the one in force may be unreadable."""
+        return load_classifier(self._config)
 
     def personas(self, tickets: Sequence[Ticket]) -> list[str | None]:
         """A persona for each; None where it is no helpdesk request."""
