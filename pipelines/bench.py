@@ -38,6 +38,7 @@ def bench(what: str, out: Path | None, config: Any) -> None:
         print(f"drawn in {picture}")
         return
     if what == "router":
+        from pipelines import plots
         from pipelines.bench_router import bench_router
 
         times = bench_route(config)
@@ -45,6 +46,10 @@ def bench(what: str, out: Path | None, config: Any) -> None:
         found, said = bench_router(config)
         _report(found, said)
         _write(out, what, [*times, *found], said)
+        picture = out.with_suffix(".png") if out else config.state / "bench" / "router.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        plots.routers(found).savefig(picture, dpi=130)
+        print(f"drawn in {picture}")
         return
     rows = runs[what](config)
     _report(rows, [])

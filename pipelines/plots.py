@@ -131,6 +131,26 @@ def coverage(points: Sequence[tuple[float, float]], title: str) -> Figure:
     return figure
 
 
+def routers(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Routers by name: the share of personas right, and among those that were decided; beside it the median time of a prompt."""
+    figure = _figure(9.6, 1.2 + 0.5 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    at = np.arange(len(rows))[::-1]
+    ours = [str(r["router"]).startswith("deskroute") for r in rows]
+    colours = ["#2166ac" if o else "#999999" for o in ours]
+    left.barh(at, [100 * r["of the decided"] for r in rows], color=colours, alpha=0.3, height=0.62, label="of the decided")
+    left.barh(at, [100 * r["accuracy"] for r in rows], color=colours, height=0.38, label="of all")
+    for y, row in zip(at, rows, strict=True):
+        left.text(100 * row["of the decided"] + 1, y, f"{100 * row['accuracy']:.0f} %", va="center", fontsize=9)
+    left.set_yticks(at, [str(r["router"]) for r in rows])
+    left.set(xlim=(0, 105), xlabel="personas right, % (pale: of those decided)")
+    right.barh(at, [max(r["p50 ms"], 0.001) for r in rows], color=colours, height=0.38)
+    right.set(xscale="log", xlabel="ms a prompt, median")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def throughput(rates: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
     """Tokens a second, base -> way -> concurrent requests -> rate: one panel a base, one line a way; our own ways are the thick ones."""
     figure = _figure(3.2 + 5.6 * len(rates), 5.0)

@@ -144,6 +144,7 @@ def test_every_router_gets_the_same_prompts_and_is_measured(tmp_path, monkeypatc
     monkeypatch.setattr("router.loading.load_knowledge", lambda config: SimpleNamespace(best=len))
     bench.bench("router", tmp_path / "router.json", config)
     written = json.loads((tmp_path / "router.json").read_text())
+    assert (tmp_path / "router.png").stat().st_size > 10_000
     assert {"left out semantic-router, TF-IDF encoder: semantic_router is not installed"} <= set(written["notes"])
     rows = {r["router"]: r for r in written["rows"] if "router" in r}
     assert list(rows) == ["always the most frequent", "15 nearest prompts, TF-IDF", "deskroute, the same prompts", "deskroute, as it is in force"]
