@@ -23,8 +23,18 @@ from router.query import Profile, Query, words_of
 FOLDS = 5
 
 
+class _Voiced:
+    """What somebody wrote; `voice` is who."""
+
+    voice: str
+
+    @property
+    def held_out(self) -> bool:
+        return self.voice.startswith(HELD_OUT)
+
+
 @dataclass(frozen=True)
-class Labelled:
+class Labelled(_Voiced):
     """One text to learn from or to measure on; what is not known of it is empty."""
 
     text: str
@@ -37,10 +47,6 @@ class Labelled:
     tells: bool = True  # whether text or profile give the persona away
 
     @property
-    def held_out(self) -> bool:
-        return self.voice.startswith(HELD_OUT)
-
-    @property
     def query(self) -> Query:
         return Query(self.text, self.profile)
 
@@ -50,7 +56,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Talk:
+class Talk(_Voiced):
     """A conversation whose last turn is a user's, and the persona of who wrote that turn."""
 
     messages: tuple[Message, ...]
@@ -60,7 +66,7 @@ class Talk:
 
 
 @dataclass(frozen=True)
-class Requests:
+class Requests(_Voiced):
     """A message that holds one request or two of different personas: parts are pieces of its text with their personas."""
 
     text: str

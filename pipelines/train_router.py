@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -102,12 +102,10 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
     # What each text gets from models that have not seen its author.
     unseen, unseen_silent = np.zeros((len(rows), len(personas))), np.zeros((len(silent), len(personas)))
     unseen_tells = np.zeros(len(tells))
-    of_silent = np.array([r.voice for r in silent])
-    of_rows = np.array([r.voice for r in rows])
-    of_said = np.concatenate([of_rows[speaks], of_silent])
-    parts = list(_parts([*of_rows, *of_silent], seed))
-    for voices in tqdm(parts, desc="personas, on voices left out", unit="part", dynamic_ncols=True):
-        mine, quiet, both = (np.isin(of, voices) for of in (of_rows, of_silent, of_said))
+    parts = list(folds([r.voice for r in (*rows, *silent)], seed))
+    for part in tqdm(parts, desc="personas, on voices left out", unit="part", dynamic_ncols=True):
+        mine, quiet = part[: len(rows)], part[len(rows) :]
+        both = np.concatenate([mine[speaks], quiet])
         w, b = _fit_personas(x[~mine], label[~mine], quiet_x[:n_undecided][~quiet[:n_undecided]], len(personas))
         unseen[mine], unseen_silent[quiet] = x[mine] @ w + b, quiet_x[quiet] @ w + b
         if len(set(tells[~both])) == 2:
@@ -183,13 +181,6 @@ def _fit_one(x: sparse.csr_matrix, positive: np.ndarray, undecided: sparse.csr_m
     importance *= len(labels) / importance.sum()
     model = LogisticRegression(C=PERSONA_C, max_iter=300).fit((everything @ sparse.diags(ratio)).tocsr(), labels, sample_weight=importance)
     return model.coef_[0] * ratio, float(model.intercept_[0])
-
-
-def _parts(voices: Sequence[str], seed: int) -> Iterator[np.ndarray]:
-    """The names of voices in up to FOLDS parts."""
-    names = np.array(sorted(set(voices)))
-    for mask in folds(list(names), seed):
-        yield names[mask]
 
 
 def _fit_tells(x: sparse.csr_matrix, tells: np.ndarray) -> LogisticRegression:

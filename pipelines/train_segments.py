@@ -30,7 +30,7 @@ MIN_WORD_WEIGHT = 0.02
 
 def fit_trust(classifier: PersonaClassifier, talks: Sequence[Talk]) -> float:
     """How much a turn must tell to outweigh those before it: the value under which the personas of conversations are most likely."""
-    seen = [t for t in talks if not t.voice.startswith("held_")]
+    seen = [t for t in talks if not t.held_out]
     if not seen:
         return classifier.trust
     queries, of = [query_of(t.messages) for t in seen], [classifier.personas.index(t.persona) for t in seen]
@@ -46,11 +46,11 @@ def fit_trust(classifier: PersonaClassifier, talks: Sequence[Talk]) -> float:
 
 def fit_segmenter(classifier: PersonaClassifier, data: RouterData, seed: int = 0) -> Segmenter | None:
     """A segmenter for the classifier; None where the corpus has no messages with two requests."""
-    messages = [r for r in examples(data) if not r.voice.startswith("held_")]
+    messages = [r for r in examples(data) if not r.held_out]
     if sum(len(r.parts) == 2 for r in messages) < 20:
         return None
     # The classifier has learnt these, and is surer of them than of others': they only show that one request can be told in several sentences.
-    prompts = [Requests(r.text, ((r.text, ""),), r.voice) for r in (*data.prompts, *data.personal) if r.tells and not r.profile and not r.held_out]
+    prompts = [r for r in _told(data) if not r.held_out]
     messages += Random(seed).sample(prompts, min(MOST_PROMPTS, len(prompts)))
     rows, labels, owner, around = [], [], [], []
     for i, message in enumerate(messages):
@@ -85,9 +85,18 @@ def _fit(x: sparse.csr_matrix, y: np.ndarray) -> LogisticRegression:
 
 def examples(data: RouterData) -> list[Requests]:
     """Messages with two requests, and ones with a single request to tell them from: turns of conversations, ones without an article, neutral ones."""
-    single = [Requests(r.text, ((r.text, ""),), r.voice) for r in (*data.uncovered, *data.neutral)]
-    single += [Requests(m.content, ((m.content, ""),), t.voice) for t in data.talks for m in t.messages if m.role == "user"]
+    single = [_single(r.text, r.voice) for r in (*data.uncovered, *data.neutral)]
+    single += [_single(m.content, t.voice) for t in data.talks for m in t.messages if m.role == "user"]
     return [*data.requests, *(r for r in single if cuts(r.text))]
+
+
+def _told(data: RouterData) -> list[Requests]:
+    """The prompts that give their sender away, each one request."""
+    return [_single(r.text, r.voice) for r in (*data.prompts, *data.personal) if r.tells and not r.profile]
+
+
+def _single(text: str, voice: str) -> Requests:
+    return Requests(text, ((text, ""),), voice)
 
 
 def is_cut(message: Requests, cut: Cut) -> bool:
@@ -103,7 +112,7 @@ def is_cut(message: Requests, cut: Cut) -> bool:
 def measure_segments(classifier: PersonaClassifier, segmenter: Segmenter | None, data: RouterData) -> dict[str, float]:
     """On held-out voices: conversations right (all, follow-ups, changes), both requests found in order, and single ones that were split."""
     metrics: dict[str, float] = {}
-    talks = [t for t in data.talks if t.voice.startswith("held_")]
+    talks = [t for t in data.talks if t.held_out]
     if talks:
         p, _ = classifier.probabilities([query_of(t.messages) for t in talks])
         right = np.array([classifier.personas[int(row.argmax())] == t.persona for row, t in zip(p, talks, strict=True)])
@@ -112,8 +121,8 @@ def measure_segments(classifier: PersonaClassifier, segmenter: Segmenter | None,
             of = np.array([t.kind == kind for t in talks])
             if of.any():
                 metrics[f"accuracy_conversation_{kind}"] = float(right[of].mean())
-    held = [r for r in examples(data) if r.voice.startswith("held_")]
-    held += [Requests(r.text, ((r.text, ""),), r.voice) for r in (*data.prompts, *data.personal) if r.tells and not r.profile and r.held_out]
+    held = [r for r in examples(data) if r.held_out]
+    held += [r for r in _told(data) if r.held_out]
     double, single = ([r for r in held if len(r.parts) == n] for n in (2, 1))
     if segmenter and double:
         found = [personas_of(classifier, segmenter, r.text) for r in double]

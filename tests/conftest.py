@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,21 @@ def empty_store(tmp_path_factory) -> Path:
     client.search_experiments()
     client.search_registered_models()
     return path
+
+
+@pytest.fixture
+def ticket_project(tmp_path, long_base_folder, empty_store):
+    """A function that makes the test's folder a project on the tiny base: a registry, open gates, and the given settings and tickets (a CSV)."""
+
+    def make(settings: str, tickets: list[str]) -> Path:
+        (tmp_path / "state").mkdir()
+        shutil.copy(empty_store, tmp_path / "state")
+        (tmp_path / "deskroute.yaml").write_text(f"base: {long_base_folder}\n{settings}")
+        (tmp_path / "gates.yaml").write_text("persona: []\nrouter: []\n")
+        (tmp_path / "tickets.csv").write_text("\n".join(tickets))
+        return tmp_path
+
+    return make
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from unit import corpora
 
 from persona_models.errors import InputError
 from pipelines import bench, bench_engine, bench_llamacpp, bench_router
@@ -130,9 +131,6 @@ def test_memory_is_measured_in_a_process_of_its_own(long_base_folder):
 
 
 def test_every_router_gets_the_same_prompts_and_is_measured(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("corpora", Path(__file__).parent / "test_train_router.py")
-    corpora = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(corpora)
     data = read_router_corpus(corpora.write_corpus(tmp_path / "corpus"), corpora.PERSONAS)
     in_force = fit_classifier(data, corpora.PERSONAS)
     monkeypatch.setattr(bench_router, "load_classifier", lambda config: in_force)

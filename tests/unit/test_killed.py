@@ -83,15 +83,10 @@ def driver():
 
 
 @pytest.fixture
-def project(tmp_path, long_base_folder, empty_store):
-    (tmp_path / "state").mkdir()
-    shutil.copy(empty_store, tmp_path / "state")
-    training = "training: {patience: 0, rows: 2, max_tokens: 2048, rank: 2}\ngeneration: {max_tokens: 4}\n"
-    (tmp_path / "deskroute.yaml").write_text(f"base: {long_base_folder}\n{training}")
-    (tmp_path / "gates.yaml").write_text("persona: []\nrouter: []\n")
+def project(ticket_project):
     lines = [f"scanner {i} on the truck is dead,Restart scanner {i} and sync it,u{i % 7},field" for i in range(28)]
-    (tmp_path / "tickets.csv").write_text("\n".join(["prompt,answer,requester,persona", *lines]))
-    return tmp_path
+    settings = "training: {patience: 0, rows: 2, max_tokens: 2048, rank: 2}\ngeneration: {max_tokens: 4}\n"
+    return ticket_project(settings, ["prompt,answer,requester,persona", *lines])
 
 
 RETRAIN = ("retrain", "field", "--tickets", "tickets.csv", "--steps", "30", "--gates", "gates.yaml")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import importlib.util
 import json
 import shutil
 import threading
@@ -12,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 import yaml
+from unit import corpora
 
 from persona_models.personas import SHIPPED
 from persona_models.registry import CHALLENGER, CHAMPION, ROUTER_MODEL, RegistryReader
@@ -19,10 +19,6 @@ from pipelines import nightly
 from pipelines.cli import main
 from pipelines.promote import Promoter
 from router.config import load_config
-
-_spec = importlib.util.spec_from_file_location("corpora", Path(__file__).parent / "test_train_router.py")
-corpora = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(corpora)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"),

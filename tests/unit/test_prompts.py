@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
+from unit import corpora
 
 from persona_models.errors import InputError, TicketError
 from persona_models.personas import read_personas
@@ -18,10 +17,6 @@ from pipelines.prompts import check_labels, label_id, read_prompts
 from router.classifier import PersonaClassifier
 from router.config import load_config
 from router.query import Query
-
-_spec = importlib.util.spec_from_file_location("corpora", Path(__file__).parent / "test_train_router.py")
-corpora = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(corpora)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"),

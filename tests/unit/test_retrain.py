@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import mlflow
@@ -31,21 +30,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 SLICED = Gate(metric="eval/loss", slice="length", against="champion", at_most=1.2)
-OPEN_GATES = "persona: []\nrouter: []\n"
 
 
 @pytest.fixture
-def project(tmp_path, long_base_folder, empty_store):
-    """A folder with a configuration for the tiny base, tickets of several people, and gates that let everything through."""
-    training = "training: {steps: 3, epochs: 1, rows: 4, max_tokens: 2048, rank: 2}\ngeneration: {max_tokens: 8}\n"
-    (tmp_path / "state").mkdir()
-    shutil.copy(empty_store, tmp_path / "state")
-    (tmp_path / "deskroute.yaml").write_text(f"base: {long_base_folder}\n{training}")
-    (tmp_path / "gates.yaml").write_text(OPEN_GATES)
-    lines = ["prompt,answer,requester,created"]
-    lines += [f"scanner {i} on the truck is dead,Restart scanner {i} and sync it,u{i % 9},2026-01-{1 + i % 28:02d}" for i in range(40)]
-    (tmp_path / "tickets.csv").write_text("\n".join([*lines, ",broken row,,", "mail ann@example.org,call +44 20 7946 0123,u1,2026-01-01"]))
-    return tmp_path
+def project(ticket_project):
+    """A project with tickets of several people, two of whose rows are broken or tell of somebody."""
+    lines = [f"scanner {i} on the truck is dead,Restart scanner {i} and sync it,u{i % 9},2026-01-{1 + i % 28:02d}" for i in range(40)]
+    lines += [",broken row,,", "mail ann@example.org,call +44 20 7946 0123,u1,2026-01-01"]
+    settings = "training: {steps: 3, epochs: 1, rows: 4, max_tokens: 2048, rank: 2}\ngeneration: {max_tokens: 8}\n"
+    return ticket_project(settings, ["prompt,answer,requester,created", *lines])
 
 
 @pytest.fixture

@@ -63,8 +63,8 @@ def test_all_sides_at_once_are_the_sides_one_by_one(classifier):
 
 
 def test_two_requests_are_found_in_order_and_one_is_left_whole(classifier, segmenter):
-    head, tail = segmenter.split(classifier, TWO)
-    assert (head, tail) == tuple(TWO.split(" Also, ")) or tail.endswith("wage slips for Friday.")
+    head, tail = TWO.split(" Also, ")
+    assert segmenter.split(classifier, TWO) == [head, f"Also, {tail}"]
     joined = "my vpn drops at the customer's site and also our payroll clerk cannot print the wage slips"
     assert segmenter.split(classifier, joined) == ["my vpn drops at the customer's site", "also our payroll clerk cannot print the wage slips"]
     assert segmenter.split(classifier, ONE) == [ONE]

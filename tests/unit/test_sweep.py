@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import mlflow
 import pytest
 
@@ -46,15 +44,10 @@ def test_what_cannot_be_swept_is_named(text, says):
 
 
 @pytest.fixture
-def project(tmp_path, long_base_folder, empty_store):
-    (tmp_path / "state").mkdir()
-    shutil.copy(empty_store, tmp_path / "state")
-    training = "training: {steps: 3, epochs: 1, rows: 4, max_tokens: 2048, rank: 2}\ngeneration: {max_tokens: 8}\n"
-    (tmp_path / "deskroute.yaml").write_text(f"base: {long_base_folder}\n{training}")
-    (tmp_path / "gates.yaml").write_text("persona: []\nrouter: []\n")
-    lines = ["prompt,answer,requester"] + [f"scanner {i} is dead,Restart scanner {i} and sync it,u{i % 9}" for i in range(40)]
-    (tmp_path / "tickets.csv").write_text("\n".join(lines))
-    return tmp_path
+def project(ticket_project):
+    lines = [f"scanner {i} is dead,Restart scanner {i} and sync it,u{i % 9}" for i in range(40)]
+    settings = "training: {steps: 3, epochs: 1, rows: 4, max_tokens: 2048, rank: 2}\ngeneration: {max_tokens: 8}\n"
+    return ticket_project(settings, ["prompt,answer,requester", *lines])
 
 
 def sweeping():
