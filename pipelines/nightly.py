@@ -122,7 +122,7 @@ class Nightly:
                 content = file_digest(path)
             except OSError as e:
                 raise TicketError(f"{path}: cannot be read ({e.strerror})") from None
-            router = self.config.router, lineup_in_force(self.config).router.version
+            router = self.config.router.artefact, lineup_in_force(self.config).router.version
             columns = self.columns.model_dump(mode="json") if self.columns else None
             inputs = _digest(content, columns, asked.encoding, asked.region, router, [p.id for p in self.config.catalogue()])
             known = self._known(TICKETS, "import", inputs)

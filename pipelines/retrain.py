@@ -20,6 +20,7 @@ from typing import Any
 
 from persona_models.adapters import builtin_adapter, read_adapter
 from persona_models.base_model import BaseModel, load_base
+from persona_models.encoder import load_encoder
 from persona_models.errors import AdapterError, DeskrouteError, RegistryError, TicketError, WorkError
 from persona_models.personas import Persona, read_personas
 from persona_models.registry import CHAMPION, ROUTER_MODEL, RegistryReader, model_name
@@ -165,17 +166,21 @@ class Retraining:
         began = time.monotonic()
         work = self._work("router")
         seed = self.config.training.seed
+        settings = {"seed": seed, "encoder": self.config.router.encoder or "none"}
         tags = {"stage": "train", "router": "yes", "data": f"{len(rows)} prompts" if rows else "built-in corpus"}
         with (
             alone(work, "retrain router"),
             self.tracker.run(
-                ROUTER_EXPERIMENT, f"router-s{seed}", tags=tags, params={"seed": seed}, description="Router and knowledge index.", work=_place(work)
+                ROUTER_EXPERIMENT, f"router-s{seed}", tags=tags, params=settings, description="Router and knowledge index.", work=_place(work)
             ) as run,
         ):
             shipped = tuple(p.id for p in read_personas())
             # Another catalogue than the corpus is of, unless the corpus is a company's own as well.
             others = shipped if rows and self.config.corpus is None and set(shipped) != set(self.catalogue) else ()
-            report = train_router(self.corpus.folder, work / "artefact", tuple(self.catalogue), seed, prompts=rows, own_personas=others)
+            encoder = load_encoder(self.config.router.encoder) if self.config.router.encoder else None
+            report = train_router(
+                self.corpus.folder, work / "artefact", tuple(self.catalogue), seed, prompts=rows, own_personas=others, encoder=encoder
+            )
             metrics = {f"slice/{k[6:]}" if k.startswith("slice_") else f"eval/{k}": float(v) for k, v in report.metrics.items()}
             run.figure(plots.confusion(report.confusion, report.personas, "Persona, held-out authors"), "plots/confusion.png")
             bins = report.reliability
@@ -221,6 +226,8 @@ class Retraining:
                 if not prompts.is_file():
                     raise TicketError(f"{prompts}: there is no such file")
                 facts["prompts"] = file_digest(prompts)
+            if self.config.router.encoder:
+                facts["encoder"] = self.config.router.encoder
         else:
             with alone(self._work(name), f"retrain {name}"):
                 dataset, steps = self._prepare(name, tickets, None, self.config.training)

@@ -23,6 +23,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
+from persona_models.encoder import SentenceEncoder
 from persona_models.errors import WorkError
 from pipelines.router_corpus import FOLDS, Labelled, RouterData, Titles, folds, read_router_corpus, seen
 from pipelines.router_report import RouterReport, measure
@@ -46,12 +47,19 @@ EVEN_ODDS = 0.5
 
 
 def train_router(
-    corpus_dir: Path, out_dir: Path, personas: Sequence[str], seed: int = 0, *, prompts: Sequence[Labelled] = (), own_personas: Sequence[str] = ()
+    corpus_dir: Path,
+    out_dir: Path,
+    personas: Sequence[str],
+    seed: int = 0,
+    *,
+    prompts: Sequence[Labelled] = (),
+    own_personas: Sequence[str] = (),
+    encoder: SentenceEncoder | None = None,
 ) -> RouterReport:
     """Train, measure on the held-out voices, and put the artefact in place of what `out_dir` held.
 
     prompts: labelled ones of a company; own_personas: those that the corpus is of, where they are others than `personas`: the prompts alone then tell
-    the labels apart, while the corpus still says what is a request and which article it needs.
+    the labels apart, while the corpus still says what is a request and which article it needs; encoder: its vectors are features of a text as well.
 
     The new folder appears whole or not at all; its manifest.json lists the digest of every file. Raises WorkError for a corpus that cannot be
     trained on.
@@ -59,7 +67,7 @@ def train_router(
     data = read_router_corpus(corpus_dir, own_personas or personas)
     knowledge = fit_knowledge(data, seed)
     about = _with_prompts(data, prompts, same=not own_personas) if prompts else data
-    classifier = fit_classifier(about, personas, seed)
+    classifier = fit_classifier(about, personas, seed, encoder)
     report = measure(about, classifier, knowledge)
     version = _write(out_dir, classifier, knowledge, report.metrics)
     return replace(report, version=version)
@@ -74,7 +82,7 @@ def _with_prompts(data: RouterData, prompts: Sequence[Labelled], *, same: bool) 
     return replace(data, prompts=(), personal=tuple(prompts), neutral=(), odd=odd, titles=Titles(), lexicon={}, talks=(), requests=())
 
 
-def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> PersonaClassifier:
+def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0, encoder: SentenceEncoder | None = None) -> PersonaClassifier:
     """Fit the persona model and the in-domain model, calibrate both on scores of voices left out. Raises WorkError for a persona without prompts."""
     everyone = seen((*data.prompts, *data.personal))
     rows = [*(r for r in everyone if r.tells), *_profiles(data.titles, seed)]
@@ -86,7 +94,9 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
     strangers = seen(data.out_of_domain)
     odd = seen((*data.odd, *data.uncovered))
     everybody = list(dict.fromkeys(r.text for r in (*everyone, *neutral, *odd, *strangers)))
-    space = FeatureSpace.fit(queries, TextSpace.fit(everybody), profile_weight=PROFILE_WEIGHT, lexicon=Lexicon(data.lexicon))
+    if encoder:
+        encoder.prepare(everybody)
+    space = FeatureSpace.fit(queries, TextSpace.fit(everybody), profile_weight=PROFILE_WEIGHT, lexicon=Lexicon(data.lexicon), encoder=encoder)
     label = np.array([list(personas).index(r.persona) for r in rows])
     # What came with a profile says nothing by itself ("is the wifi down?"): without it, it is one more neutral text. Taught with its sender's
     # persona instead, it only adds noise: 0.19 of such texts from unseen authors were right, no better than chance.
@@ -94,7 +104,7 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
     n_undecided = len(silent)
     silent += [r for r in everyone if not r.tells and not r.profile]
     x, quiet_x = space.rows(queries), space.rows(r.text_only for r in silent)
-    weights, bias = _fit_personas(x, label, quiet_x[:n_undecided], len(personas))
+    weights, bias = _fit_personas(x, label, quiet_x[:n_undecided], len(personas), space.dense)
     speaks = np.array([bool(r.text) and not r.profile for r in rows])
     said = sparse.vstack([x[speaks], quiet_x]).tocsr()
     tells = np.array([1] * int(speaks.sum()) + [0] * len(silent))
@@ -102,15 +112,18 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
     # What each text gets from models that have not seen its author.
     unseen, unseen_silent = np.zeros((len(rows), len(personas))), np.zeros((len(silent), len(personas)))
     unseen_tells = np.zeros(len(tells))
-    parts = list(folds([r.voice for r in (*rows, *silent)], seed))
+    voices = [r.voice for r in (*rows, *silent)]
+    parts = list(folds(voices, seed))
+    apart: list[tuple[set[str], np.ndarray, np.ndarray, LogisticRegression | None]] = []
     for part in tqdm(parts, desc="personas, on voices left out", unit="part", dynamic_ncols=True):
         mine, quiet = part[: len(rows)], part[len(rows) :]
         both = np.concatenate([mine[speaks], quiet])
-        w, b = _fit_personas(x[~mine], label[~mine], quiet_x[:n_undecided][~quiet[:n_undecided]], len(personas))
+        w, b = _fit_personas(x[~mine], label[~mine], quiet_x[:n_undecided][~quiet[:n_undecided]], len(personas), space.dense)
         unseen[mine], unseen_silent[quiet] = x[mine] @ w + b, quiet_x[quiet] @ w + b
-        if len(set(tells[~both])) == 2:
-            model = _fit_tells(said[~both], tells[~both])
+        model = _fit_tells(said[~both], tells[~both]) if len(set(tells[~both])) == 2 else None
+        if model:
             unseen_tells[both] = model.decision_function(said[both])
+        apart.append(({voices[i] for i in np.flatnonzero(part)}, w, b, model))
     temperature = _temperature(unseen, label)
     leading = softmax(np.vstack([unseen[speaks], unseen_silent]) / temperature).max(axis=1)
     # Texts were marked as silent where a router was of another mind than their author: of what a router makes of them, they say nothing.
@@ -124,7 +137,12 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0) -> 
         inside, inside_bias, threshold = _fit_in_domain(space, [*requests, *strangers], request, seed)
     made = PersonaClassifier(space, personas, np.column_stack([weights, inside]), np.append(bias, inside_bias), temperature, threshold, tells=known)
     made.trust = fit_trust(made, data.talks)
-    segmenter = fit_segmenter(made, data, seed)
+    strangers_to: dict[str, PersonaClassifier] = {}
+    for left_out, w, b, model in apart:
+        own = replace(known, weights=model.coef_[0].astype(np.float32), bias=float(model.intercept_[0])) if known and model else known
+        other = PersonaClassifier(space, personas, np.column_stack([w, inside]), np.append(b, inside_bias), temperature, threshold, tells=own)
+        strangers_to |= dict.fromkeys(left_out, other)
+    segmenter = fit_segmenter(made, data, seed, strangers_to)
     made.segments = segmenter.facts() if segmenter else None
     return made
 
@@ -148,8 +166,10 @@ def _profiles(titles: Titles, seed: int) -> list[Labelled]:
     return rows
 
 
-def _fit_personas(x: sparse.csr_matrix, label: np.ndarray, neutral: sparse.csr_matrix, n_personas: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (F, P) and bias (P,): one model per persona against the others.
+def _fit_personas(
+    x: sparse.csr_matrix, label: np.ndarray, neutral: sparse.csr_matrix, n_personas: int, dense: slice
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (F, P) and bias (P,): one model per persona against the others; dense: columns that every text has a value in.
 
     A neutral text stands on either side of each, which teaches the models to stay undecided about it.
     """
@@ -158,11 +178,11 @@ def _fit_personas(x: sparse.csr_matrix, label: np.ndarray, neutral: sparse.csr_m
         mine = label == persona
         # A fold may lack a persona altogether; it then stays unlikely.
         if mine.any() and not mine.all():
-            weights[:, persona], bias[persona] = _fit_one(x, mine, neutral)
+            weights[:, persona], bias[persona] = _fit_one(x, mine, neutral, dense)
     return weights, bias
 
 
-def _fit_one(x: sparse.csr_matrix, positive: np.ndarray, undecided: sparse.csr_matrix) -> tuple[np.ndarray, float]:
+def _fit_one(x: sparse.csr_matrix, positive: np.ndarray, undecided: sparse.csr_matrix, dense: slice) -> tuple[np.ndarray, float]:
     """Weights (F,) and bias of a two-class model, both classes counting alike.
 
     Every feature is first multiplied by the logarithm of how much more often it occurs in the one class than in the other (Wang and Manning 2012,
@@ -174,6 +194,7 @@ def _fit_one(x: sparse.csr_matrix, positive: np.ndarray, undecided: sparse.csr_m
     inside = np.asarray(present[positive].sum(axis=0)).ravel() + 1.0
     outside = np.asarray(present[~positive].sum(axis=0)).ravel() * scale + 1.0
     ratio = np.log((inside / inside.sum()) / (outside / outside.sum()))
+    ratio[dense] = 1.0
     n = undecided.shape[0]
     everything = sparse.vstack([x, undecided, undecided]) if n else x
     labels = np.concatenate([positive.astype(int), np.ones(n, dtype=int), np.zeros(n, dtype=int)])

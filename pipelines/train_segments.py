@@ -1,12 +1,13 @@
 """Conversations and messages with two requests -> how far a turn that tells outweighs those before it, and which cuts are cuts; measured on held-out voices.
 
-The classifier never sees these texts in training, so what it says of them is what it would say of anybody's. Knows nothing of MLflow or HTTP.
+What is said of a text is always what a classifier says that has not seen its author's others: one that has is surer than it will be of anybody's.
+Knows nothing of MLflow or HTTP.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
 import numpy as np
@@ -44,18 +45,23 @@ def fit_trust(classifier: PersonaClassifier, talks: Sequence[Talk]) -> float:
     return max(likelihood, key=lambda t: likelihood[t])
 
 
-def fit_segmenter(classifier: PersonaClassifier, data: RouterData, seed: int = 0) -> Segmenter | None:
-    """A segmenter for the classifier; None where the corpus has no messages with two requests."""
+def fit_segmenter(
+    classifier: PersonaClassifier, data: RouterData, seed: int = 0, unseen_by: Mapping[str, PersonaClassifier] | None = None
+) -> Segmenter | None:
+    """A segmenter for the classifier; None where the corpus has no messages with two requests.
+
+    unseen_by: voice -> a classifier that was made without it.
+    """
+    unseen_by = unseen_by or {}
     messages = [r for r in examples(data) if not r.held_out]
     if sum(len(r.parts) == 2 for r in messages) < 20:
         return None
-    # The classifier has learnt these, and is surer of them than of others': they only show that one request can be told in several sentences.
     prompts = [r for r in _told(data) if not r.held_out]
     messages += Random(seed).sample(prompts, min(MOST_PROMPTS, len(prompts)))
     rows, labels, owner, around = [], [], [], []
     for i, message in enumerate(messages):
         if places := cuts(message.text):
-            rows.append(features(classifier, message.text, places))
+            rows.append(features(unseen_by.get(message.voice, classifier), message.text, places))
             labels += [is_cut(message, c) for c in places]
             around += [words_at(message.text, c) for c in places]
             owner += [i] * len(places)

@@ -209,7 +209,7 @@ class Ingress:
         store = FeedbackStore(config.feedback_url, remember=config.feedback.remember, keep_text=config.feedback.keep_text != "never")
         lineup = lineup_in_force(config, since_ms=since_ms)
         classifier, knowledge = router_in_force(config, lineup)
-        if config.router == BUILTIN and classifier.version == BUILTIN:
+        if config.router.artefact == BUILTIN and classifier.version == BUILTIN:
             lineup = replace(lineup, router=Pinned())
         self._desk = Desk(config, classifier, knowledge, engines, store)
         self._live = Live(config, self._desk, RayFleet(pools), lineup)

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from persona_models.encoder import load_encoder
 from persona_models.errors import ConfigError
 from router.features import Arrays, FeatureSpace
 from router.query import Query
@@ -218,6 +219,7 @@ class PersonaClassifier:
             "temperature": self.temperature,
             "min_in_domain": self.min_in_domain,
             "trust": self.trust,
+            "encoder": self.space.encoder.name if self.space.encoder else None,
             "segments": self.segments,
             "tells": None if self.tells is None else {k: v for k, v in vars(self.tells).items() if k != "weights"},
         }
@@ -231,10 +233,11 @@ class PersonaClassifier:
         return self.version
 
     @classmethod
-    def load(cls, folder: Path, personas: Sequence[str] = ()) -> PersonaClassifier:
+    def load(cls, folder: Path, personas: Sequence[str] = (), encoder: str | None = None) -> PersonaClassifier:
         """Load an artefact; `personas`, where given, is the catalogue it must have been trained for.
 
-        Raises ConfigError when a file is missing or damaged, comes from another format, or was trained for other personas.
+        encoder: where the sentence encoder is that it was trained with, if not where it was then; no matter for an artefact that has none.
+        Raises ConfigError when a file is missing or damaged, comes from another format, was trained for other personas or with another encoder.
         """
         arrays, about, version = read_arrays(folder / FILE)
         try:
@@ -255,7 +258,9 @@ class PersonaClassifier:
                 f"router: {folder} was trained for the personas {', '.join(trained)}, the catalogue has {', '.join(personas)}; "
                 "run `deskroute retrain router` after changing personas.yaml"
             )
-        return cls(FeatureSpace.from_arrays(arrays), trained, *parts, version=version, trust=trust, segments=segments, tells=tells)
+        with_encoder = load_encoder(encoder or str(about["encoder"])) if about.get("encoder") else None
+        space = FeatureSpace.from_arrays(arrays, with_encoder)
+        return cls(space, trained, *parts, version=version, trust=trust, segments=segments, tells=tells)
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any], str]:

@@ -35,6 +35,16 @@ class Knowledge(Section):
     builtin: bool = Field(True, description="keep the built-in articles beside them")
 
 
+class Router(Section):
+    """Which router decides, and what a retraining gives it."""
+
+    artefact: str = Field(BUILTIN, description="builtin (the registry's champion, else the one that ships), or the folder of a router artefact")
+    encoder: str | None = Field(
+        None,
+        description="a sentence encoder beside the words, for `deskroute retrain router` and for serving what it made: a folder or a Hugging Face id",
+    )
+
+
 class Desk(Section):
     """How people reach the human service desk; replaces the built-in article's names of the same kind."""
 
@@ -146,7 +156,7 @@ class Config(Section):
     dtype: str = "auto"
     personas: Path | None = Field(None, description="a personas.yaml of your own")
     corpus: Path | None = Field(None, description="a corpus of your own, in the form of pipelines/corpus; training learns from it")
-    router: str = Field(BUILTIN, description="builtin, or the folder of a router artefact")
+    router: Router = Router()
     knowledge: Knowledge = Knowledge()
     desk: Desk = Desk()
     policy: PolicySettings = PolicySettings()
@@ -169,6 +179,11 @@ class Config(Section):
     @classmethod
     def _folder_alone(cls, value: Any) -> Any:
         return {"folder": value} if isinstance(value, str) else value
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _artefact_alone(cls, value: Any) -> Any:
+        return {"artefact": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _pools_fit(self) -> Self:
@@ -276,10 +291,11 @@ def _anchor(raw: dict[str, Any], folder: Path) -> None:
     for section, key in (("knowledge", "folder"), ("nightly", "tickets"), ("nightly", "prompts")):
         if isinstance(raw.get(section), dict) and isinstance(raw[section].get(key), str):
             raw[section][key] = str(folder / raw[section][key])
-    for key in ("base", "router"):
-        value = raw.get(key)
+    router = raw["router"] if isinstance(raw.get("router"), dict) else {}
+    for at, key in ((raw, "base"), (raw, "router"), (router, "artefact"), (router, "encoder")):
+        value = at.get(key)
         if isinstance(value, str) and value.startswith(("./", "../")):
-            raw[key] = str(folder / value)
+            at[key] = str(folder / value)
 
 
 def _say(where: str, error: Any) -> str:

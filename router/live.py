@@ -97,7 +97,7 @@ class Live:
             before = self.desk.lineup or self._wanted
             wanted = await asyncio.to_thread(self._reader.lineup, self.desk.personas)
             faults = {}
-            if wanted.router != before.router and self.config.router == "builtin":
+            if wanted.router != before.router and self.config.router.artefact == "builtin":
                 try:
                     await asyncio.to_thread(load_router, self.config, wanted.router)
                 except DeskrouteError as e:
@@ -120,7 +120,7 @@ class Live:
         """Ask for a lineup's versions from now on, with its router."""
         if self.desk.lineup and lineup.read_ms < self.desk.lineup.read_ms:
             return
-        if self.config.router == "builtin" and lineup.router.version != self.desk.classifier.version:
+        if self.config.router.artefact == "builtin" and lineup.router.version != self.desk.classifier.version:
             classifier, knowledge = await asyncio.to_thread(load_router, self.config, lineup.router)
             self.desk.take_up(classifier, knowledge)
         self.desk.lineup = lineup

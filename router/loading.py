@@ -44,8 +44,8 @@ def settle_lineup(config: Config) -> Lineup:
 
 def artefact(config: Config, pinned: Pinned) -> tuple[Path, str]:
     """The folder of a router version, and its version: a registry version, "builtin", or the name of the configured folder. Raises RegistryError."""
-    if config.router != BUILTIN:
-        return Path(config.router), Path(config.router).name
+    if config.router.artefact != BUILTIN:
+        return Path(config.router.artefact), Path(config.router.artefact).name
     if pinned.version == BUILTIN:
         return SHIPPED, BUILTIN
     found = RegistryReader(config.registry_uri, config.state / "cache").fetch_version(ROUTER_MODEL, pinned)
@@ -55,7 +55,9 @@ def artefact(config: Config, pinned: Pinned) -> tuple[Path, str]:
 def load_router(config: Config, pinned: Pinned) -> tuple[PersonaClassifier, KnowledgeBase]:
     """A version of the router. Raises ConfigError for a damaged artefact or one made for other personas, ArticleError, RegistryError."""
     folder, version = artefact(config, pinned)
-    classifier = PersonaClassifier.load(folder, tuple(p.id for p in config.catalogue()))
+    classifier = PersonaClassifier.load(folder, tuple(p.id for p in config.catalogue()), config.router.encoder)
+    if config.router.encoder and classifier.space.encoder is None:
+        log.warning("router.encoder: the router in force was trained without one; run `deskroute retrain router` to have one that uses it")
     classifier.version = version if version == BUILTIN or version.isdigit() else classifier.version
     return classifier, _knowledge(config, folder)
 
@@ -66,7 +68,7 @@ def router_in_force(config: Config, lineup: Lineup | None = None) -> tuple[Perso
     try:
         return load_router(config, pinned)
     except (RegistryError, ConfigError) as e:
-        if pinned.version == BUILTIN or config.router != BUILTIN:
+        if pinned.version == BUILTIN or config.router.artefact != BUILTIN:
             raise
         log.warning("router: %s; serving the one that ships", e.message)
         return load_router(config, Pinned())
@@ -79,7 +81,7 @@ def load_classifier(config: Config) -> PersonaClassifier:
 
 def load_knowledge(config: Config) -> KnowledgeBase:
     """The articles in force. Raises ConfigError, ArticleError."""
-    pinned = lineup_in_force(config).router if config.router == BUILTIN else Pinned()
+    pinned = lineup_in_force(config).router if config.router.artefact == BUILTIN else Pinned()
     try:
         folder, _ = artefact(config, pinned)
     except RegistryError as e:

@@ -196,3 +196,20 @@ def test_damaged_arrays_are_refused():
         FeatureSpace.from_arrays({k: v for k, v in arrays.items() if k != "terms"})
     with pytest.raises(ConfigError, match="damaged"):
         FeatureSpace.from_arrays({k: v for k, v in arrays.items() if k != "profile_terms"})
+
+
+def test_titles_that_share_a_stem_share_columns():
+    titles = ["Buchhalterin", "Finanzbuchhalter", "Monteur", "Servicemonteur"]
+    space = FeatureSpace.fit([Query("", Profile(title=t, department="Werk")) for t in titles], TextSpace.fit(TEXTS))
+    new = Query("", Profile(title="Lohnbuchhalterin"))
+    columns, values = space.row(new)
+    grams = [i for i, c in enumerate(columns) if space.names[c].startswith("title #")]
+    assert {"title #buchh", "title #halt"} <= {space.names[columns[i]] for i in grams}
+    assert not any("mont" in space.names[columns[i]] for i in grams)
+    # All of a title's n-grams together have the length 4; those that no title had are missing from it.
+    assert 2.0 < np.linalg.norm(values[grams]) < 4.0
+    weights = np.zeros(len(space))
+    weights[columns[grams]] = 1.0
+    assert space.reasons(new, weights * np.bincount(columns, values, len(space))) == [
+        ('title "lohnbuchhalterin"', pytest.approx(float(values[grams].sum()), abs=1e-5))
+    ]
