@@ -1,4 +1,5 @@
-"""`deskroute bench router|engine|gateway|finetune`: how fast, in this run on this machine. Medians, and ratios within one run, since machines are noisy.
+"""`deskroute bench router|engine|gateway|finetune|mixture`: how fast, or how well, in this run on this machine. Medians, and ratios within one run, since
+machines are noisy.
 
 The engine's half imports neither Ray nor MLflow.
 """
@@ -21,8 +22,8 @@ from pipelines.workload import LONG_PROMPT, PROMPTS
 def bench(what: str, out: Path | None, config: Any) -> None:
     """Run one benchmark, print its table, and write it as JSON where asked; the engine's is drawn as well. Raises InputError for an unknown one."""
     runs: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"gateway": bench_gateway, "finetune": _finetune}
-    if what not in (*runs, "engine", "router"):
-        raise InputError(f"bench: {what!r} is not one of router, engine, gateway, finetune")
+    if what not in (*runs, "engine", "router", "mixture"):
+        raise InputError(f"bench: {what!r} is not one of router, engine, gateway, finetune, mixture")
     if what == "engine":
         from pipelines.bench_engine import bench_engine
 
@@ -49,6 +50,15 @@ def bench(what: str, out: Path | None, config: Any) -> None:
         picture = out.with_suffix(".png") if out else config.state / "bench" / "router.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         plots.routers(found).savefig(picture, dpi=130)
+        print(f"drawn in {picture}")
+        return
+    if what == "mixture":
+        from pipelines.mixture import study
+
+        picture = out.with_suffix(".png") if out else config.state / "bench" / "mixture.png"
+        rows = study(config, picture)
+        _report(rows, [])
+        _write(out, what, rows, [])
         print(f"drawn in {picture}")
         return
     rows = runs[what](config)
@@ -92,13 +102,13 @@ def bench_route(config: Any) -> list[dict[str, Any]]:
     """Milliseconds per prompt of each part of a routing decision."""
     from router.loading import load_classifier, load_knowledge
     from router.query import Query
-    from router.segment import Segmenter, split
+    from router.segment import Segmenter, requests_in
 
     classifier, knowledge = load_classifier(config), load_knowledge(config)
     segmenter = Segmenter.from_facts(classifier.segments)
     parts: dict[str, Callable[[str], Any]] = {
         "persona and in-domain score": lambda t: classifier.score([Query(t)]),
-        "requests in it": lambda t: split(classifier, segmenter, Query(t)),
+        "requests in it": lambda t: requests_in(classifier, segmenter, Query(t), config.policy),
         "article": knowledge.best,
     }
     parts["all of it"] = lambda t: [run(t) for name, run in parts.items() if name != "all of it"]

@@ -148,8 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the base goes (default: base in the state folder)")
     sub.add_argument("--steps", type=int)
 
-    sub = add("bench", _bench, "measure speed: router, engine, gateway or finetune")
-    sub.add_argument("what", metavar="router|engine|gateway|finetune")
+    sub = add("bench", _bench, "measure: router, engine, gateway, finetune or mixture")
+    sub.add_argument("what", metavar="router|engine|gateway|finetune|mixture")
     sub.add_argument("--json", type=Path, metavar="FILE")
 
     add("doctor", _doctor, "what is installed, found and loaded, and what to do about what is not")

@@ -151,6 +151,23 @@ def routers(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def mixture(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """By how far the leading persona is ahead: what a mixture of the two leading ones changes in loss, and what the right persona would."""
+    figure = _figure(7.2, 4.0)
+    axes = figure.subplots()
+    at = np.arange(len(rows))
+    change = np.array([r["change"] for r in rows])
+    reach = np.array([[r["change"] - r["from"], r["to"] - r["change"]] for r in rows]).T
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.bar(at - 0.2, change, width=0.38, color="#2166ac", yerr=reach, capsize=3, label="mixture of the two leading")
+    axes.bar(at + 0.2, [r["right one"] - r["leading alone"] for r in rows], width=0.38, color="#bbbbbb", label="the right persona")
+    axes.set_xticks(at, [f"{r['margin']}\n{r['requests']} requests\n{100 * r['leading is right']:.0f} % right" for r in rows], fontsize=8)
+    axes.set(xlabel="lead of the likeliest persona", ylabel="loss against the leading persona alone\nnats a token, lower is better")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def throughput(rates: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
     """Tokens a second, base -> way -> concurrent requests -> rate: one panel a base, one line a way; our own ways are the thick ones."""
     figure = _figure(3.2 + 5.6 * len(rates), 5.0)

@@ -57,7 +57,8 @@ def fit_knowledge(data: RouterData, seed: int = 0) -> KnowledgeBase:
     """Index the articles with the prompts of the training voices, and calibrate on scores that a prompt got without its voice's others."""
     rows, values, articles = seen(data.prompts), data.values, data.articles
     phrases = [Labelled(text, "phrases", topic=topic) for topic, lines in data.phrases.items() for text in _grouped(lines)]
-    outside = seen((*data.uncovered, *data.out_of_domain))
+    # Not what is no request at all: that is declined before it gets here, and would blur what tells a request without an article from one with.
+    outside = seen(data.uncovered)
     own_texts = [text_of(a, values) for a in articles]
     everything = [*own_texts, *(r.text for r in (*rows, *phrases, *outside))]
     space = TextSpace.fit(everything, min_grams=2, max_words=32_000, max_grams=32_000)
@@ -122,12 +123,7 @@ def fit_knowledge(data: RouterData, seed: int = 0) -> KnowledgeBase:
         articles, _by_topic([*rows, *phrases]), values=values, space=space, term_weights=weights, calibration=start, learned=learned
     )
     outside_products = (none.x @ whole.T).toarray() + MARGIN_SHARE * none_margins[:, :n] if len(outside) else np.zeros((0, n))
-    uncovered = np.array([r.kind == "" for r in outside], dtype=bool)
-    absent = [
-        (struck, struck_surplus, 0.25),
-        (outside_products[uncovered], none_margins[uncovered, n] - usual, 0.5),
-        (outside_products[~uncovered], none_margins[~uncovered, n] - usual, 0.25),
-    ]
+    absent = [(struck, struck_surplus, 0.25), (outside_products, none_margins[:, n] - usual, 0.5)]
     knowledge.calibration = _calibrate(start, combined, margins[:, n] - usual, prompts.label, absent)
     return knowledge
 

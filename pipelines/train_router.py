@@ -92,8 +92,9 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0, enc
         raise WorkError(f"the corpus has no training prompts for {', '.join(sorted(missing))}; add some under prompts/ or router/persona.jsonl")
     neutral = seen(data.neutral)
     strangers = seen(data.out_of_domain)
-    odd = seen((*data.odd, *data.uncovered))
-    everybody = list(dict.fromkeys(r.text for r in (*everyone, *neutral, *odd, *strangers)))
+    odd = seen(data.odd)
+    uncovered = seen(data.uncovered)
+    everybody = list(dict.fromkeys(r.text for r in (*everyone, *neutral, *uncovered, *odd, *strangers)))
     if encoder:
         encoder.prepare(everybody)
     space = FeatureSpace.fit(queries, TextSpace.fit(everybody), profile_weight=PROFILE_WEIGHT, lexicon=Lexicon(data.lexicon), encoder=encoder)
@@ -130,11 +131,9 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0, enc
     fair = np.arange(len(tells)) < int(speaks.sum()) + n_undecided
     known = _calibrate_tells(leading[fair], unseen_tells[fair], tells[fair], _fit_tells(said, tells)) if len(set(tells[fair])) == 2 else None
 
-    requests = [*everyone, *neutral, *odd]
-    request = np.array([1] * len(requests) + [0] * len(strangers))
     inside, inside_bias, threshold = np.zeros(len(space)), 10.0, 0.0
     if strangers and len({r.voice for r in strangers}) > 1:
-        inside, inside_bias, threshold = _fit_in_domain(space, [*requests, *strangers], request, seed)
+        inside, inside_bias, threshold = _fit_in_domain(space, [*everyone, *neutral, *uncovered], odd, strangers, seed)
     made = PersonaClassifier(space, personas, np.column_stack([weights, inside]), np.append(bias, inside_bias), temperature, threshold, tells=known)
     made.trust = fit_trust(made, data.talks)
     strangers_to: dict[str, PersonaClassifier] = {}
@@ -227,8 +226,15 @@ def _temperature(logits: np.ndarray, label: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-2.0, 3.0), method="bounded").x))
 
 
-def _fit_in_domain(space: FeatureSpace, rows: Sequence[Labelled], request: np.ndarray, seed: int) -> tuple[np.ndarray, float, float]:
-    """Calibrated weights (F,) and bias of "is a helpdesk request", and the threshold; the profile says nothing about it."""
+def _fit_in_domain(
+    space: FeatureSpace, requests: Sequence[Labelled], odd: Sequence[Labelled], strangers: Sequence[Labelled], seed: int
+) -> tuple[np.ndarray, float, float]:
+    """Calibrated weights (F,) and bias of "is a helpdesk request", and the threshold; the profile says nothing about it.
+
+    odd: requests that were collected for looking like none; they teach, but how many of them are declined says nothing of usual ones.
+    """
+    rows = [*requests, *odd, *strangers]
+    request = np.array([1] * (len(requests) + len(odd)) + [0] * len(strangers))
     x = space.rows(r.text_only for r in rows)[:, : space.n_text]
 
     def fit(part: np.ndarray) -> tuple[np.ndarray, float]:
@@ -243,7 +249,7 @@ def _fit_in_domain(space: FeatureSpace, rows: Sequence[Labelled], request: np.nd
     scale = LogisticRegression(C=1e3, class_weight="balanced").fit(unseen[:, None], request)
     slope, shift = max(float(scale.coef_[0, 0]), 1e-3), float(scale.intercept_[0])
     # Where the two separate well, the threshold stays at even odds: text from outside the corpus is stranger than any of it.
-    threshold = min(float(np.quantile(sigmoid(slope * unseen[request == 1] + shift), MAX_FALSE_DECLINES)), 0.5)
+    threshold = min(float(np.quantile(sigmoid(slope * unseen[: len(requests)] + shift), MAX_FALSE_DECLINES)), 0.5)
     w, b = fit(np.ones(len(rows), dtype=bool))
     return np.concatenate([w * slope, np.zeros(len(space) - space.n_text)]), b * slope + shift, threshold
 

@@ -16,17 +16,18 @@ from sklearn.linear_model import LogisticRegression
 
 from pipelines.router_corpus import Requests, RouterData, Talk, folds
 from router.classifier import PersonaClassifier, sigmoid
+from router.policy import PolicySettings, Route
 from router.query import Query, query_of
-from router.segment import FEATURES, Cut, Segmenter, cuts, features, words_at
+from router.segment import FEATURES, Cut, Segmenter, cuts, features, pieces_of, requests_in, words_around
 
 TRUSTS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 # Of messages with one request, how many may be split.
 MAX_FALSE_SPLITS = 0.02
-SEGMENT_C = 0.1
-MOST_PROMPTS = 3000
+SEGMENT_C = 1.0
+MOST_PROMPTS = 9000
 # Words around a cut that are looked at: of so many cuts, and with a weight that matters.
-MIN_CUTS = 4
-MIN_WORD_WEIGHT = 0.02
+MIN_CUTS = 3
+MIN_WORD_WEIGHT = 0.1
 
 
 def fit_trust(classifier: PersonaClassifier, talks: Sequence[Talk]) -> float:
@@ -61,9 +62,10 @@ def fit_segmenter(
     rows, labels, owner, around = [], [], [], []
     for i, message in enumerate(messages):
         if places := cuts(message.text):
-            rows.append(features(unseen_by.get(message.voice, classifier), message.text, places))
+            pieces = pieces_of(message.text, places)
+            rows.append(features(unseen_by.get(message.voice, classifier), message.text, places, pieces))
             labels += [is_cut(message, c) for c in places]
-            around += [words_at(message.text, c) for c in places]
+            around += words_around(pieces)
             owner += [i] * len(places)
     counts = Counter(w for words in around for w in words)
     columns = {w: i for i, w in enumerate(sorted(w for w, n in counts.items() if n >= MIN_CUTS))}
@@ -131,15 +133,14 @@ def measure_segments(classifier: PersonaClassifier, segmenter: Segmenter | None,
     held += [r for r in _told(data) if r.held_out]
     double, single = ([r for r in held if len(r.parts) == n] for n in (2, 1))
     if segmenter and double:
-        found = [personas_of(classifier, segmenter, r.text) for r in double]
+        found = [[route.persona for _, route in _requests(classifier, segmenter, r)] for r in double]
         metrics["two_requests_found"] = float(np.mean([f == [p for _, p in r.parts] for f, r in zip(found, double, strict=True)]))
         metrics["two_requests_split"] = float(np.mean([len(f) == 2 for f in found]))
     if segmenter and single:
-        metrics["single_requests_split"] = float(np.mean([len(personas_of(classifier, segmenter, r.text)) > 1 for r in single]))
+        metrics["single_requests_split"] = float(np.mean([bool(_requests(classifier, segmenter, r)) for r in single]))
     return metrics
 
 
-def personas_of(classifier: PersonaClassifier, segmenter: Segmenter, text: str) -> list[str]:
-    """The persona of each request in a message."""
-    p, _ = classifier.probabilities([Query(t) for t in segmenter.split(classifier, text)])
-    return [classifier.personas[int(row.argmax())] for row in p]
+def _requests(classifier: PersonaClassifier, segmenter: Segmenter, message: Requests) -> list[tuple[str, Route]]:
+    """What the desk would make of a message; whether it is a request at all is measured elsewhere."""
+    return requests_in(classifier, segmenter, Query(message.text), PolicySettings(min_in_domain=0.0))

@@ -194,6 +194,19 @@ class PersonaClassifier:
         own = self.tells.weights if self.tells else np.zeros(len(self.space), dtype=np.float32)
         return np.column_stack([self.weights, own]), np.append(self.bias, self.tells.bias if self.tells else 0.0).astype(np.float64)
 
+    @cached_property
+    def _against_mean(self) -> np.ndarray:
+        """Persona weights (F, P) less their mean over the personas."""
+        weights = self.weights[:, :-1]
+        return weights - weights.mean(axis=1, keepdims=True)
+
+    @cached_property
+    def silence(self) -> np.ndarray:
+        """What all linear models say of an empty text without a profile (P + 2,)."""
+        (weights, bias), (columns, values) = self.columns, self.space.row(Query(""))
+        said: np.ndarray = bias + values.astype(np.float64) @ weights[columns].astype(np.float64)
+        return said
+
     def explain(self, query: Query, persona: str | None = None) -> list[Reason]:
         """Every word, phrase and profile field with what it says for a persona (the leading one), in log-odds; negative: against it.
 
@@ -204,8 +217,7 @@ class PersonaClassifier:
         return self._reasons(max(turns, key=lambda t: t.weight), at)
 
     def _reasons(self, turn: _Turn, persona: int, most: int | None = None) -> list[Reason]:
-        weights = self.weights[turn.columns, :-1]  # (n, P)
-        shares = turn.values * (weights[:, persona] - weights.mean(axis=1)) / self.temperature
+        shares = turn.values * self._against_mean[turn.columns, persona] / self.temperature
         by_column = np.zeros(len(self.space))
         by_column[turn.columns] = shares
         found = self.space.reasons(turn.query, by_column, most)

@@ -23,9 +23,9 @@ from router.config import Config
 from router.feedback import FeedbackStore
 from router.knowledge import KnowledgeBase, Match
 from router.policy import Route, decide, together
-from router.query import Profile, Query, query_of
+from router.query import Profile, query_of
 from router.schema import ChatRequest, DeskrouteBlock, FeedbackRequest, ReasonBlock, RouteInput, SegmentBlock, SourceBlock, parse_model
-from router.segment import Segmenter, split
+from router.segment import Segmenter, requests_in
 from router.stream import in_turn
 from router.telemetry import Telemetry, log, new_request_id
 
@@ -100,7 +100,8 @@ class Desk:
             route = Route("fallback", None, max(scores.personas.values()), reason="the base was asked for")
         else:
             route = Route("persona", model, scores.personas[model], reason="the persona was asked for")
-        found = self._requests(query, profile) if model is None and route.decision != "decline" else []
+        several = model is None and route.decision != "decline"
+        found = requests_in(self.classifier, self.segmenter, query, self.config.policy) if several else []
         if found:
             route = together([r for _, r in found])
         else:
@@ -138,24 +139,6 @@ class Desk:
             versions = {p: self.lineup.version_for(p, whose) for part in parts for p in part.gate}
         self.telemetry.route_s.observe(time.perf_counter() - began)
         return Plan(request_id, route, block, tuple(parts), versions)
-
-    def _requests(self, query: Query, profile: Profile) -> list[tuple[str, Route]]:
-        """The requests in the last turn, where they are several of different personas; otherwise none."""
-        pieces = split(self.classifier, self.segmenter, query)
-        if len(pieces) < 2:
-            return []
-        scored = self.classifier.score([Query(piece, profile) for piece in pieces])
-        found: list[tuple[str, Route]] = []
-        for piece, scores in zip(pieces, scored, strict=True):
-            route = decide(scores, self.config.policy)
-            if route.persona is None:
-                # A piece that is no request of anybody's was cut off from one.
-                return []
-            if found and found[-1][1].persona == route.persona:
-                found[-1] = (f"{found[-1][0]} {piece}", found[-1][1])
-            else:
-                found.append((piece, Route("persona", route.persona, route.confidence, reason=route.reason)))
-        return found if len(found) > 1 else []
 
     def plan_input(self, item: RouteInput) -> DeskrouteBlock:
         """The block for one input of a batch."""

@@ -9,8 +9,7 @@ of personas, articles or models.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from heapq import nlargest
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 
 import numpy as np
@@ -67,7 +66,9 @@ class TextSpace:
         self.weights = (float(word_weight), float(char_weight))
         self.columns = {term: i for i, term in enumerate(self.terms)}
         self.speller: Speller | None = None
-        self._grams: dict[str, tuple[tuple[int, ...], int]] = {}
+        # The text that was read last, and its words: several who look at a request read it one after the other.
+        self._last: tuple[str, list[str]] = ("", [])
+        self._grams: dict[str, tuple[np.ndarray, int]] = {}
 
     def __len__(self) -> int:
         return len(self.terms)
@@ -98,13 +99,21 @@ class TextSpace:
 
     def words(self, text: str) -> list[str]:
         """The words of a text, slips mended where there is a speller."""
-        found = words_of(text)
-        return [self.speller.fix(w) for w in found] if self.speller else found
+        last, found = self._last
+        if last != text:
+            found = self.mended(words_of(text))
+            self._last = text, found
+        return found
+
+    def mended(self, words: Sequence[str]) -> list[str]:
+        """Words as they are meant."""
+        return [self.speller.fix(w) for w in words] if self.speller else list(words)
 
     def mend(self, more: Iterable[str] = ()) -> None:
         """From now on read slips as the words of the vocabulary, or of `more`, that they come from."""
         known = sorted((i for i, t in enumerate(self.terms) if not t.startswith("#") and " " not in t), key=lambda i: float(self.idf[i]))
         self.speller = Speller([*(self.terms[i] for i in known), *more])
+        self._last = ("", [])
 
     def grown(self, texts: Sequence[str]) -> TextSpace:
         """The same space with the unseen terms of `texts` at its end, each as rare as a term can be. Old columns keep their number and weight."""
@@ -133,20 +142,13 @@ class TextSpace:
             pair = f"{left} {right}"
             if pair in columns:
                 words[columns[pair]] += 1
-        grams: Counter[int] = Counter()
-        unknown_grams = 0
-        for word, count in Counter(in_text).items():
-            known, missing = self.grams_of(word)
-            unknown_grams += missing
-            if count == 1:
-                grams.update(known)
-            else:
-                for column in known:
-                    grams[column] += count
+        by_word = [self.grams_of(word) for word in in_text]
+        unknown_grams = sum({word: missing for word, (_, missing) in zip(in_text, by_word, strict=True)}.values())
+        grams, times = np.unique(_joined([known for known, _ in by_word]), return_counts=True)
         # Unknown pairs do not count: nearly every pair of words is new, and a long text would fade for it.
         blocks = [
-            self._scaled(words, self.weights[0], sum((1.0 + float(np.log(n))) ** 2 for n in unknown.values())),
-            self._scaled(grams, self.weights[1], float(unknown_grams)),
+            self._scaled(_numbers(words), _numbers(words.values()), self.weights[0], sum((1.0 + float(np.log(n))) ** 2 for n in unknown.values())),
+            self._scaled(grams, times, self.weights[1], float(unknown_grams)),
         ]
         return np.concatenate([c for c, _ in blocks]), np.concatenate([v for _, v in blocks]), share
 
@@ -154,42 +156,37 @@ class TextSpace:
         """Texts -> (N, F) CSR, float32."""
         return csr([self.row(text)[:2] for text in texts], len(self))
 
-    def credit(self, text: str, shares: np.ndarray) -> dict[str, float]:
-        """Word or pair of the text -> its part of a score; shares (F or more,): what each column has added to it.
+    def credit(self, text: str, shares: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Words and pairs of the text, each once, and their parts (n,) of a score; shares (F or more,): what each column has added to it.
 
         Character n-grams are credited to the words they stand in, each time they occur alike.
         """
         in_text = self.words(text)
+        word_at = {word: i for i, word in enumerate(dict.fromkeys(in_text))}
         grams = [self.grams_of(word)[0] for word in in_text]
-        columns = np.fromiter(chain.from_iterable(grams), dtype=np.int64)
-        token = np.repeat(np.arange(len(in_text)), [len(g) for g in grams])
-        times = np.bincount(columns)[columns] if len(columns) else np.ones(0)
-        of_grams = np.bincount(token, shares[columns] / times, minlength=len(in_text))
-        credited: dict[str, float] = {}
-        for word, share in zip(in_text, of_grams.tolist(), strict=True):
-            credited[word] = credited.get(word, 0.0) + share
-        for word in credited:
-            if (own := self.columns.get(word)) is not None:
-                credited[word] += float(shares[own])
-        for pair in map(" ".join, pairwise(in_text)):
-            if (both := self.columns.get(pair)) is not None:
-                credited[pair] = float(shares[both])
-        return credited
+        columns = _joined(grams)
+        token = np.repeat([word_at[word] for word in in_text], [len(g) for g in grams]) if in_text else columns
+        times = np.bincount(columns)[columns] if len(columns) else columns
+        get = self.columns.get
+        own = _numbers([get(word, -1) for word in word_at])
+        credited = np.where(own >= 0, shares[own], 0.0)
+        credited += np.bincount(token, shares[columns] / times, minlength=len(word_at)) if len(columns) else 0.0
+        pairs = {pair: both for pair in map(" ".join, pairwise(in_text)) if (both := get(pair)) is not None}
+        return [*word_at, *pairs], np.concatenate([credited, shares[_numbers(pairs.values())]])
 
-    def grams_of(self, word: str) -> tuple[tuple[int, ...], int]:
+    def grams_of(self, word: str) -> tuple[np.ndarray, int]:
         """Columns of a word's known n-grams and the number of unknown ones; remembered, because people use the same words."""
         found = self._grams.get(word)
         if found is None:
             columns = [self.columns.get("#" + g) for g in char_grams(word)]
-            found = tuple(c for c in columns if c is not None), columns.count(None)
+            found = np.array([c for c in columns if c is not None], dtype=np.int64), columns.count(None)
             if len(self._grams) >= 50_000:
                 self._grams.clear()
             self._grams[word] = found
         return found
 
-    def _scaled(self, counts: Counter[int], weight: float, unknown: float) -> tuple[np.ndarray, np.ndarray]:
-        columns = np.fromiter(counts.keys(), dtype=np.int64, count=len(counts))
-        tf = 1.0 + np.log(np.fromiter(counts.values(), dtype=np.float32, count=len(counts)))
+    def _scaled(self, columns: np.ndarray, counts: np.ndarray, weight: float, unknown: float) -> tuple[np.ndarray, np.ndarray]:
+        tf = 1.0 + np.log(counts.astype(np.float32))
         values = tf * self.idf[columns]
         length = float(np.sqrt(float(values @ values) + unknown * self.unknown_idf**2))
         return columns, (values * (weight / length) if length else values).astype(np.float32)
@@ -309,18 +306,23 @@ class FeatureSpace:
         shares (F,): value times weight of every column of the query's row, 0 elsewhere. Those of n-grams are added to the words they stand in, those
         of word lists to their words.
         """
-        by_term = self.text.credit(query.text, shares)
+        terms, weights = self.text.credit(query.text, shares)
+        of_profile = self._credit_profile(query.profile, shares)
+        if self.encoder:
+            of_profile[_MEANING] = float(shares[self.dense].sum())
+        of_lists: dict[str, float] = {}
         for at, entries in self.lexicon.found(self.text.words(query.text)).items():
             for entry in entries:
-                by_term[entry] = by_term.get(entry, 0.0) + float(shares[len(self.text) + 1 + at]) / len(entries)
-        found = [(term, w, True) for term, w in by_term.items()]
-        if self.encoder:
-            found.append((_MEANING, float(shares[self.dense].sum()), False))
-        found += [(term, w, False) for term, w in self._credit_profile(query.profile, shares).items()]
-        if most is not None:
-            found = nlargest(most, found, key=lambda reason: (abs(reason[1]), reason[0]))
-        readable = [(_readable(term) if of_text else term, w) for term, w, of_text in found]
-        return sorted(readable, key=lambda reason: (-reason[1], reason[0]))
+                of_lists[entry] = of_lists.get(entry, 0.0) + float(shares[len(self.text) + 1 + at]) / len(entries)
+        for i, term in enumerate(terms):
+            if term in of_lists:
+                weights[i] += of_lists.pop(term)
+        names = [*terms, *of_lists, *of_profile]
+        weights = np.concatenate([weights, [*of_lists.values(), *of_profile.values()]])
+        of_text = len(terms) + len(of_lists)
+        order = np.argsort(-np.abs(weights), kind="stable")[:most]
+        found = [(_readable(names[i]) if i < of_text else names[i], float(weights[i])) for i in order]
+        return sorted(found, key=lambda reason: (-reason[1], reason[0]))
 
     def _credit_profile(self, profile: Profile, shares: np.ndarray) -> dict[str, float]:
         """Readable term -> its part of a score; what words share, each of them gets a part of."""
@@ -386,6 +388,14 @@ def profile_grams(profile: Profile) -> dict[str, list[str]]:
         for name, value in (("title", profile.title), ("department", profile.department))
         for word in dict.fromkeys(words_of(value[:200]))
     }
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+
+
+def _numbers(values: Collection[int]) -> np.ndarray:
+    return np.fromiter(values, dtype=np.int64, count=len(values))
 
 
 def csr(rows: Sequence[tuple[np.ndarray, np.ndarray]], n_columns: int) -> sparse.csr_matrix:

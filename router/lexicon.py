@@ -24,21 +24,38 @@ class Lexicon:
         for i, entries in enumerate(lists.values()):
             for entry in dict.fromkeys(entries):
                 self.lists_of[entry] = (*self.lists_of.get(entry, ()), i)
+        # The words that were looked at last, and what was found: features, reasons and segments ask one after the other.
+        self._last: tuple[Sequence[str], list[tuple[int, str, tuple[int, ...]]]] = ([], [])
+        # First word of an entry -> how many words the longest entry has that begins with it.
+        self._longest: dict[str, int] = {}
+        for entry in self.lists_of:
+            first, *more = entry.split(" ")
+            self._longest[first] = max(self._longest.get(first, 0), 1 + len(more))
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def places(self, words: Sequence[str]) -> list[tuple[int, str, tuple[int, ...]]]:
+        """Where the entries stand: (index of the first word, entry, its lists)."""
+        last, found = self._last
+        if last == words:
+            return found
+        longest, get = self._longest.get, self.lists_of.get
+        found = []
+        for i, word in enumerate(words):
+            for n in range(1, min(longest(word, 0), MAX_WORDS, len(words) - i) + 1):
+                entry = word if n == 1 else " ".join(words[i : i + n])
+                if lists := get(entry):
+                    found.append((i, entry, lists))
+        self._last = list(words), found
+        return found
+
     def found(self, words: Sequence[str]) -> dict[int, list[str]]:
         """List -> its entries among the words of a text."""
         found: dict[int, list[str]] = {}
-        get = self.lists_of.get
-        if not self.lists_of:
-            return found
-        for n in range(1, MAX_WORDS + 1):
-            for i in range(len(words) - n + 1):
-                entry = words[i] if n == 1 else " ".join(words[i : i + n])
-                for at in get(entry, ()):
-                    found.setdefault(at, []).append(entry)
+        for _, entry, lists in self.places(words):
+            for at in lists:
+                found.setdefault(at, []).append(entry)
         return found
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ caller names is no matter of scores and never comes here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,6 +31,9 @@ class PolicySettings(BaseModel):
     min_confidence: float = Field(default=0.3, ge=0, le=1, description="below this probability of the leading persona nobody is picked")
     mix_margin: float = Field(default=0.12, ge=0, le=1, description="two leading personas this close share the answer; 0 turns mixing off")
     mix_floor: float = Field(default=0.75, ge=0, le=1, description="two personas share only if together they have at least this probability")
+    mix_sharpness: float = Field(
+        default=1, ge=0, le=10, description="shares are the probabilities to this power: 0 gives both the same, a large one nearly all to the leading"
+    )
     min_in_domain: float | None = Field(
         default=None, ge=0, le=1, description="below this it is no helpdesk request; None: the artefact's own threshold"
     )
@@ -63,11 +66,17 @@ def decide(scores: Scores, settings: PolicySettings) -> Route:
             "fallback", None, p1, reason=f"nothing tells who is asking ({scores.known:.2f}, needs {known:.2f}); {first} would lead with {p1:.2f}"
         )
     if settings.mix_margin > 0 and second and p1 - p2 <= settings.mix_margin and p1 + p2 >= settings.mix_floor:
-        mix = {first: p1 / (p1 + p2), second: p2 / (p1 + p2)}
+        mix = shares({first: p1, second: p2}, settings.mix_sharpness)
         return Route("mix", first, p1, mix, f"between {first} ({p1:.2f}) and {second} ({p2:.2f})")
     if p1 >= settings.min_confidence:
         return Route("persona", first, p1, reason=f"{first} with probability {p1:.2f}")
     return Route("fallback", None, p1, reason=f"no persona is likely enough: {first} leads with {p1:.2f}, needs {settings.min_confidence:.2f}")
+
+
+def shares(probabilities: Mapping[str, float], sharpness: float = 1.0) -> dict[str, float]:
+    """What part of an answer each persona has; they sum to 1."""
+    powers = {persona: p**sharpness for persona, p in probabilities.items()}
+    return {persona: power / sum(powers.values()) for persona, power in powers.items()}
 
 
 def together(routes: Sequence[Route]) -> Route:

@@ -18,16 +18,17 @@ import numpy as np
 
 from persona_models.errors import ConfigError
 from router.classifier import PersonaClassifier, sigmoid, softmax
-from router.features import TextSpace
+from router.policy import PolicySettings, Route, decide
 from router.query import MAX_CHARS, Query, words_of
 
 # Places where another request may begin: blank and new lines, ends of sentences, dashes, semicolons, connectives.
 _BREAKS = re.compile(
+    r"(?=[\s,;.\"')\]])(?:"  # what all of them begin with, for speed
     r"(?P<line>\s*\n\s*)"
     r"|(?P<sentence>(?<=[.!?…])[\"')\]]*\s+)"
     r"|(?P<stop>\s*;\s+|\s+[-–—]{1,2}\s+|\s*\.{3}\s*)"
     r"|(?P<comma>,\s+)"
-    r"|(?P<word>\s+(?=(?:and|also|plus|oh|ps|p\.s\.|separately|meanwhile|additionally|besides|secondly|another|then)\b))",
+    r"|(?P<word>\s+(?=(?:and|also|plus|oh|ps|p\.s\.|separately|meanwhile|additionally|besides|secondly|another|then)\b)))",
     re.IGNORECASE,
 )
 KINDS = ("line", "sentence", "stop", "comma", "word")
@@ -59,6 +60,8 @@ FEATURES = (
 # A side of fewer words is no request.
 MIN_WORDS = 3
 MAX_PIECES = 24
+# Words that are looked at on either side of a cut.
+WORDS_BEFORE, WORDS_AFTER = 3, 8
 MAX_SEGMENTS = 4
 
 
@@ -84,21 +87,40 @@ def cuts(text: str) -> list[Cut]:
     return found[:MAX_PIECES]
 
 
-def words_at(text: str, cut: Cut) -> set[str]:
-    """The words around a cut: the first (f), the first two, those near it on either side (s, h)."""
-    # Words are no longer than query.MAX_WORD_CHARS.
-    before, after = words_of(text[max(0, cut.end - 80) : cut.end])[-2:], words_of(text[cut.start : cut.start + 200])[:5]
-    return {f"f:{after[0]}", f"f:{' '.join(after[:2])}", *(f"s:{w}" for w in after), *(f"h:{w}" for w in before)}
+def pieces_of(text: str, places: Sequence[Cut]) -> list[list[str]]:
+    """The words between one cut and the next, from the beginning of the text to its end."""
+    bounds = [0, *(c.start for c in places), len(text)]
+    return [words_of(text[a:b]) for a, b in pairwise(bounds)]
+
+
+def words_around(pieces: Sequence[Sequence[str]]) -> list[set[str]]:
+    """For every cut between two pieces the words near it: those after it (s), the first of them (f), those before it (h), each also in pairs."""
+    text = list(chain.from_iterable(pieces))
+    at, around = 0, []
+    for piece in pieces[:-1]:
+        at += len(piece)
+        before, after = text[max(0, at - WORDS_BEFORE) : at], text[at : at + WORDS_AFTER]
+        around.append(
+            {
+                f"f:{' '.join(after[:1])}",
+                f"f:{' '.join(after[:2])}",
+                f"f:{' '.join(after[:3])}",
+                *(f"s:{w}" for w in after),
+                *(f"s:{a} {b}" for a, b in pairwise(after)),
+                *(f"h:{w}" for w in before),
+                *(f"h:{a} {b}" for a, b in pairwise(before)),
+            }
+        )
+    return around
 
 
 class Segmenter:
-    """Decides which cut is one; `weights` (D,) in the order of FEATURES, `words` of what words_at gives."""
+    """Decides which cut is one; `weights` (D,) in the order of FEATURES, `words` of what words_around gives."""
 
     def __init__(self, weights: np.ndarray, bias: float, threshold: float, words: Mapping[str, float]) -> None:
         if np.shape(weights) != (len(FEATURES),):
             raise ConfigError(f"router: the segmenter has {np.shape(weights)} weights, {len(FEATURES)} are wanted; run `deskroute retrain router`")
         self.weights, self.bias, self.threshold = np.asarray(weights, dtype=np.float64), float(bias), float(threshold)
-        self.words = dict(words)
         self.words = dict(words)
 
     def split(self, classifier: PersonaClassifier, text: str) -> list[str]:
@@ -118,8 +140,9 @@ class Segmenter:
         places = cuts(text)
         if not places:
             return None
-        said = np.array([sum(self.words.get(w, 0.0) for w in words_at(text, c)) for c in places])
-        probability = sigmoid(features(classifier, text, places) @ self.weights + said + self.bias)
+        pieces, get = pieces_of(text, places), self.words.get
+        said = np.array([sum(get(w, 0.0) for w in around) for around in words_around(pieces)])
+        probability = sigmoid(features(classifier, text, places, pieces) @ self.weights + said + self.bias)
         best = int(probability.argmax())
         return places[best] if probability[best] >= self.threshold else None
 
@@ -138,10 +161,9 @@ class Segmenter:
             raise ConfigError(f"router: the segmenter is damaged ({e}); run `deskroute retrain router`") from None
 
 
-def features(classifier: PersonaClassifier, text: str, places: Sequence[Cut]) -> np.ndarray:
-    """(N, D): what speaks for each cut."""
-    bounds = [0, *(c.start for c in places), len(text)]
-    evidence = Evidence(classifier, [text[a:b] for a, b in pairwise(bounds)])
+def features(classifier: PersonaClassifier, text: str, places: Sequence[Cut], pieces: Sequence[Sequence[str]]) -> np.ndarray:
+    """(N, D): what speaks for each of N cuts; pieces: the N + 1 lists of words between them."""
+    evidence = Evidence(classifier, pieces)
     heads, tails = evidence.sides()
     a, b = heads[:, :-2] / classifier.temperature, tails[:, :-2] / classifier.temperature
     # How much better two personas explain the text than one does: the best pair of different ones.
@@ -179,34 +201,45 @@ class Evidence:
     across pieces are left out.
     """
 
-    def __init__(self, classifier: PersonaClassifier, pieces: Sequence[str]) -> None:
-        weights, bias = classifier.columns
-        columns, values = classifier.space.row(Query(""))
-        self.bias = bias + values.astype(np.float64) @ weights[columns].astype(np.float64)
+    def __init__(self, classifier: PersonaClassifier, pieces: Sequence[Sequence[str]]) -> None:
+        """pieces: the words of each."""
+        weights, self.bias = classifier.columns[0], classifier.silence
         self.unknown_weight = weights[len(classifier.space.text)].astype(np.float64)
         space, n = classifier.space.text, len(pieces)
         first, of_list = len(space) + 1, len(classifier.space.lexicon)
         self._weights = space.weights
         self._list_weights = weights[first : first + of_list].astype(np.float64) * classifier.space.lexicon_weight
-        self.words, self._unknown, lists = np.zeros(n), np.zeros(n), np.zeros((n + 1, of_list))
-        columns_of: list[list[list[int]]] = [[], []]
-        strangers = np.zeros((2, n))
-        for i, piece in enumerate(pieces):
-            in_piece = space.words(piece)
-            self.words[i] = max(1, len(in_piece))
-            lists[i + 1, list(classifier.space.lexicon.found(in_piece))] = 1
-            for block, (found, strange) in enumerate(_terms(space, in_piece)):
-                columns_of[block].append(found)
-                strangers[block, i] = strange
-        self._unknown = strangers[0]
+        self.words = np.array([max(1, len(p)) for p in pieces], dtype=np.float64)
+        text = space.mended(list(chain.from_iterable(pieces)))
+        # The piece that each word is of.
+        piece = np.repeat(np.arange(n), [len(p) for p in pieces])
+        ends = np.cumsum([len(p) for p in pieces])
+        get = space.columns.get
+        own = [get(word, -1) for word in text]
+        self._unknown = np.bincount(piece[np.array(own, dtype=np.int64) < 0], minlength=n).astype(np.float64)
+        pairs = [(i, both) for i, pair in enumerate(map(" ".join, pairwise(text))) if (both := get(pair)) is not None]
+        within = [(i, both) for i, both in pairs if piece[i] == piece[i + 1]]
+        grams = [space.grams_of(word) for word in text]
+        terms = (
+            np.array([*(c for c in own if c >= 0), *(both for _, both in within)], dtype=np.int64),
+            np.concatenate([known for known, _ in grams]) if grams else np.zeros(0, dtype=np.int64),
+        )
+        of = (
+            np.concatenate([piece[[i for i, c in enumerate(own) if c >= 0]], piece[[i for i, _ in within]]]).astype(np.int64),
+            np.repeat(piece, [len(known) for known, _ in grams]),
+        )
+        strange = self._unknown, np.bincount(piece, [missing for _, missing in grams], minlength=n)
         sums, squares = np.zeros((2, n + 1, weights.shape[1])), np.zeros((2, n + 1))
-        for block, parts in enumerate(columns_of):
-            at = np.array(list(chain.from_iterable(parts)), dtype=np.int64)
-            idf = space.idf[at].astype(np.float64)
+        for block in range(2):
+            idf = space.idf[terms[block]].astype(np.float64)
             # One row per piece, with a one where a term is of it: a small product instead of a loop.
-            of = (np.repeat(np.arange(n), [len(p) for p in parts])[None] == np.arange(n)[:, None]).astype(np.float64)
-            sums[block, 1:] = of @ (idf[:, None] * weights[at])
-            squares[block, 1:] = of @ (idf * idf) + strangers[block] * space.unknown_idf**2
+            rows = (of[block] == np.arange(n)[:, None]).astype(np.float64)
+            sums[block, 1:] = rows @ (idf[:, None] * weights[terms[block]])
+            squares[block, 1:] = rows @ (idf * idf) + strange[block] * space.unknown_idf**2
+        lists = np.zeros((n + 1, of_list))
+        last, of_word = ends.tolist(), piece.tolist()
+        found = [(of_word[i], of) for i, entry, of in classifier.space.lexicon.places(text) if i + entry.count(" ") < last[of_word[i]]]
+        lists[[i + 1 for i, of in found for _ in of], [at for _, of in found for at in of]] = 1
         self._sums, self._squares, self._lists = sums.cumsum(axis=1), squares.cumsum(axis=1), lists.cumsum(axis=0)
 
     def sides(self) -> tuple[np.ndarray, np.ndarray]:
@@ -237,19 +270,19 @@ class Evidence:
         return total + self.unknown_weight * (self._unknown[first:last].sum() / self.words[first:last].sum())
 
 
-def _terms(space: TextSpace, in_text: Sequence[str]) -> list[tuple[list[int], int]]:
-    """Columns of words with their pairs, then of their n-grams, each with the number of unknown ones."""
-    known = [c for w in in_text if (c := space.columns.get(w)) is not None]
-    pairs = [c for left, right in pairwise(in_text) if (c := space.columns.get(f"{left} {right}")) is not None]
-    grams: list[int] = []
-    strange = 0
-    for word in in_text:
-        columns, missing = space.grams_of(word)
-        grams += columns
-        strange += missing
-    return [(known + pairs, len(in_text) - len(known)), (grams, strange)]
-
-
-def split(classifier: PersonaClassifier, segmenter: Segmenter | None, query: Query) -> list[str]:
-    """The requests in a query's last turn."""
-    return [query.text] if segmenter is None else segmenter.split(classifier, query.turns[0] if query.turns else query.text)
+def requests_in(classifier: PersonaClassifier, segmenter: Segmenter | None, query: Query, settings: PolicySettings) -> list[tuple[str, Route]]:
+    """The requests in a query's last turn with their routes, in order, where they are several of different personas; otherwise none."""
+    pieces = segmenter.split(classifier, query.turns[0] if query.turns else query.text) if segmenter else []
+    if len(pieces) < 2:
+        return []
+    found: list[tuple[str, Route]] = []
+    for piece, scores in zip(pieces, classifier.score([Query(piece, query.profile) for piece in pieces]), strict=True):
+        route = decide(scores, settings)
+        if route.persona is None:
+            # A piece that is no request of anybody's was cut off from one.
+            return []
+        if found and found[-1][1].persona == route.persona:
+            found[-1] = (f"{found[-1][0]} {piece}", found[-1][1])
+        else:
+            found.append((piece, Route("persona", route.persona, route.confidence, reason=route.reason)))
+    return found if len(found) > 1 else []

@@ -9,7 +9,7 @@ from router.config import load_config
 from router.loading import load_classifier, load_knowledge
 from router.policy import decide
 from router.query import Profile, Query, query_of
-from router.segment import Segmenter, split
+from router.segment import Segmenter, requests_in
 
 
 @pytest.fixture(scope="module")
@@ -145,4 +145,4 @@ def test_odd_texts_get_a_decision(classifier, text):
     scores = score(classifier, text)
     assert sum(scores.personas.values()) == pytest.approx(1)
     assert decide(scores, load_config().policy).decision in ("persona", "mix", "fallback", "decline")
-    assert split(classifier, Segmenter.from_facts(classifier.segments), Query(text))
+    assert requests_in(classifier, Segmenter.from_facts(classifier.segments), Query(text), load_config().policy) == []

@@ -110,7 +110,7 @@ def test_what_is_no_encoder_is_refused(tmp_path, make, said):
 @pytest.mark.parametrize("spec", ["no-such-folder/and-no-model", "neither a path nor a name", "/no/such/folder"])
 def test_an_encoder_that_is_not_there_is_named(monkeypatch, spec):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="leave router.encoder out"):
+    with pytest.raises(ConfigError, match=r"leave router\.encoder out"):
         load_encoder(spec)
 
 

@@ -12,8 +12,8 @@ from persona_models.protocol import TokenEvent
 from router.classifier import PersonaClassifier
 from router.loading import SHIPPED
 from router.policy import Route, together
-from router.query import Query
-from router.segment import FEATURES, Evidence, Segmenter, cuts, features
+from router.query import Query, words_of
+from router.segment import FEATURES, Evidence, Segmenter, cuts, features, pieces_of, words_around
 from router.stream import in_turn
 
 TWO = "The crane techs' tablets lost the offline manuals out in the vans. Also, the payroll clerk cannot print the wage slips for Friday."
@@ -47,7 +47,7 @@ def test_cuts_stand_where_a_request_may_begin():
 def test_evidence_is_what_the_classifier_says_of_the_text(classifier):
     """Without repeated words and known pairs across the pieces, a run of pieces scores as its text does."""
     pieces = ["scanner dead", "payroll stuck", "tablet frozen"]
-    evidence = Evidence(classifier, pieces)
+    evidence = Evidence(classifier, [p.split() for p in pieces])
     for first, last in ((0, 1), (1, 3), (0, 3)):
         text = " ".join(pieces[first:last])
         assert not {"dead payroll", "stuck tablet"} & set(classifier.space.text.columns)
@@ -56,7 +56,7 @@ def test_evidence_is_what_the_classifier_says_of_the_text(classifier):
 
 def test_all_sides_at_once_are_the_sides_one_by_one(classifier):
     pieces = ["The tablets in the vans ", "lost their manuals. ", "Also our payroll clerk ", "cannot print, zzyzx zzyzx"]
-    evidence = Evidence(classifier, pieces)
+    evidence = Evidence(classifier, [words_of(p) for p in pieces])
     heads, tails = evidence.sides()
     assert heads == pytest.approx(np.stack([evidence.raw(0, i) for i in (1, 2, 3)]))
     assert tails == pytest.approx(np.stack([evidence.raw(i, 4) for i in (1, 2, 3)]))
@@ -72,9 +72,21 @@ def test_two_requests_are_found_in_order_and_one_is_left_whole(classifier, segme
 
 
 def test_every_feature_has_a_name_and_no_value_is_missing(classifier):
-    rows = features(classifier, TWO, cuts(TWO))
+    rows = features(classifier, TWO, cuts(TWO), pieces_of(TWO, cuts(TWO)))
     assert rows.shape == (len(cuts(TWO)), len(FEATURES))
     assert np.isfinite(rows).all()
+
+
+def test_the_words_around_a_cut_are_those_of_the_text():
+    text = "The scanner is dead. Also, the new girl has no login; nobody knows why"
+    places = cuts(text)
+    pieces = pieces_of(text, places)
+    assert [w for piece in pieces for w in piece] == words_of(text)
+    at = next(i for i, c in enumerate(places) if c.kind == "sentence")
+    around = words_around(pieces)[at]
+    assert {"f:also", "f:also the", "f:also the new", "s:login", "s:new girl", "h:dead", "h:is dead"} <= around
+    assert "s:knows" not in around  # the ninth word after it
+    assert "h:the" not in around  # the fourth before it
 
 
 def test_damaged_numbers_are_refused():
