@@ -59,7 +59,7 @@ def measure(data: RouterData, classifier: PersonaClassifier, knowledge: Knowledg
         metrics |= {
             "accuracy_text": float((guess == label).mean()),
             "macro_f1_text": float(f1_score(label, guess, average="macro", labels=range(len(personas)), zero_division=0)),
-            "ece_text": float((reliability["count"] * np.abs(reliability["confidence"] - reliability["accuracy"])).sum() / len(known)),
+            "ece_text": expected_calibration_error(sure, guess == label),
             "brier_text": float(((probabilities - np.eye(len(personas))[label]) ** 2).sum(axis=1).mean()),
             "fallback_of_known": float(fell.mean()),
             "accuracy_at_threshold": float((guess == label)[~fell].mean()) if not fell.all() else 0.0,
@@ -99,32 +99,34 @@ def measure(data: RouterData, classifier: PersonaClassifier, knowledge: Knowledg
 
 def _steadiness(classifier: PersonaClassifier, texts: Sequence[str], before: Sequence[str]) -> dict[str, float]:
     """How often the leading persona stays the same when a text is shouted, mistyped, or dressed as a mail."""
-    random = Random(0)
-
-    def mistyped(text: str) -> str:
-        """One in TYPO_EVERY characters lost, doubled or exchanged with its neighbour."""
-        characters = list(text)
-        for i in range(len(characters) - 1):
-            if characters[i].isalpha() and random.random() < 1 / TYPO_EVERY:
-                kind = random.randrange(3)
-                if kind == 0:
-                    characters[i] = ""
-                elif kind == 1:
-                    characters[i] *= 2
-                else:
-                    characters[i], characters[i + 1] = characters[i + 1], characters[i]
-        return "".join(characters)
-
-    changes: dict[str, Callable[[str], str]] = {
-        "case": str.upper,
-        "typos": mistyped,
-        "mail": lambda t: f"Hello team,\n\n{t}\n\nThanks a lot and kind regards,\nAlex",
-    }
     steady = {}
-    for name, change in changes.items():
+    for name, change in CHANGES.items():
         p, _ = classifier.probabilities([Query(change(t)) for t in texts])
         steady[f"unchanged_{name}"] = float(np.mean([classifier.personas[int(row.argmax())] == b for row, b in zip(p, before, strict=True)]))
     return steady
+
+
+def mistyped(text: str) -> str:
+    """One in TYPO_EVERY characters lost, doubled or exchanged with its neighbour; of the same text always the same ones."""
+    random, characters = Random(text), list(text)
+    for i in range(len(characters) - 1):
+        if characters[i].isalpha() and random.random() < 1 / TYPO_EVERY:
+            kind = random.randrange(3)
+            if kind == 0:
+                characters[i] = ""
+            elif kind == 1:
+                characters[i] *= 2
+            else:
+                characters[i], characters[i + 1] = characters[i + 1], characters[i]
+    return "".join(characters)
+
+
+# What a text may look like without saying anything else.
+CHANGES: dict[str, Callable[[str], str]] = {
+    "case": str.upper,
+    "typos": mistyped,
+    "mail": lambda text: f"Hello team,\n\n{text}\n\nThanks a lot and kind regards,\nAlex",
+}
 
 
 def _fell_back(classifier: PersonaClassifier, rows: Sequence[Labelled]) -> np.ndarray:
@@ -144,6 +146,12 @@ def _reliability(sure: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
         "confidence": np.bincount(bins, sure, minlength=RELIABILITY_BINS) / some,
         "accuracy": np.bincount(bins, right.astype(float), minlength=RELIABILITY_BINS) / some,
     }
+
+
+def expected_calibration_error(sure: np.ndarray, right: np.ndarray) -> float:
+    """Mean distance (0..1) between the leading probability (N,) and how often it was right, over bins of equal width."""
+    bins = _reliability(sure, right)
+    return float((bins["count"] * np.abs(bins["confidence"] - bins["accuracy"])).sum() / len(sure))
 
 
 def _measure_in_domain(

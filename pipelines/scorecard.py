@@ -20,6 +20,7 @@ from persona_models.protocol import BASE
 from pipelines.compose import CORPUS
 from pipelines.evaluate import facts
 from pipelines.local import local_desk
+from pipelines.routing_card import routing_figures
 from pipelines.tracking import PERSONA_EXPERIMENT, Tracker
 from router.config import Config
 from router.desk import Desk
@@ -47,6 +48,9 @@ def evaluate(config: Config) -> Scorecard:
     card = Scorecard()
     try:
         _routing(desk, card)
+        figures, misses = routing_figures(desk, read)
+        card.metrics |= figures
+        card.misses += misses
         _retrieval(desk, card)
         asyncio.run(_answers(desk, card))
     finally:

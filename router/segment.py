@@ -26,9 +26,9 @@ _BREAKS = re.compile(
     r"(?=[\s,;.\"')\]])(?:"  # what all of them begin with, for speed
     r"(?P<line>\s*\n\s*)"
     r"|(?P<sentence>(?<=[.!?…])[\"')\]]*\s+)"
-    r"|(?P<stop>\s*;\s+|\s+[-–—]{1,2}\s+|\s*\.{3}\s*)"
+    r"|(?P<stop>\s*;\s+|\s+[-–—]{1,2}\s+|\s*\.{3}\s*|\s+(?:[+&|]|/{1,2})\s+|\s+(?=\(?[2-4b]\)))"
     r"|(?P<comma>,\s+)"
-    r"|(?P<word>\s+(?=(?:and|also|plus|oh|ps|p\.s\.|separately|meanwhile|additionally|besides|secondly|another|then)\b)))",
+    r"|(?P<word>\s+(?=(?:and|also|plus|oh|ps|p\.s\.|separately|meanwhile|additionally|besides|second|secondly|another|then|while|whilst|btw|n|my|our)\b)))",
     re.IGNORECASE,
 )
 KINDS = ("line", "sentence", "stop", "comma", "word")
@@ -63,6 +63,8 @@ MAX_PIECES = 24
 # Words that are looked at on either side of a cut.
 WORDS_BEFORE, WORDS_AFTER = 3, 8
 MAX_SEGMENTS = 4
+# More than two requests are rare: each further cut must be likelier than not.
+FURTHER_CUTS = 0.5
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ class Segmenter:
         """The requests in a message, in order; one for most. Each is a piece of the text without the space around it."""
         segments = [text.strip()]
         while len(segments) < MAX_SEGMENTS:
+            needs = self.threshold if len(segments) == 1 else max(self.threshold, FURTHER_CUTS)
             for i, segment in enumerate(segments):
-                found = self._best(classifier, segment)
+                found = self._best(classifier, segment, needs)
                 if found:
                     segments[i : i + 1] = [_JOINING.sub("", segment[: found.end]).strip(), segment[found.start :].strip()]
                     break
@@ -136,7 +139,7 @@ class Segmenter:
                 break
         return segments
 
-    def _best(self, classifier: PersonaClassifier, text: str) -> Cut | None:
+    def _best(self, classifier: PersonaClassifier, text: str, needs: float) -> Cut | None:
         places = cuts(text)
         if not places:
             return None
@@ -144,7 +147,7 @@ class Segmenter:
         said = np.array([sum(get(w, 0.0) for w in around) for around in words_around(pieces)])
         probability = sigmoid(features(classifier, text, places, pieces) @ self.weights + said + self.bias)
         best = int(probability.argmax())
-        return places[best] if probability[best] >= self.threshold else None
+        return places[best] if probability[best] >= needs else None
 
     def facts(self) -> dict[str, Any]:
         """The numbers, for an artefact."""
@@ -278,11 +281,13 @@ def requests_in(classifier: PersonaClassifier, segmenter: Segmenter | None, quer
     found: list[tuple[str, Route]] = []
     for piece, scores in zip(pieces, classifier.score([Query(piece, query.profile) for piece in pieces]), strict=True):
         route = decide(scores, settings)
-        if route.persona is None:
-            # A piece that is no request of anybody's was cut off from one.
+        if route.decision == "decline":
+            # A piece that is no request was cut off from one.
             return []
-        if found and found[-1][1].persona == route.persona:
+        # That it is somebody else's than the other piece is known, so the likeliest will do where alone it would tell too little.
+        persona = route.persona or max(scores.personas, key=lambda p: scores.personas[p])
+        if found and found[-1][1].persona == persona:
             found[-1] = (f"{found[-1][0]} {piece}", found[-1][1])
         else:
-            found.append((piece, Route("persona", route.persona, route.confidence, reason=route.reason)))
+            found.append((piece, Route("persona", persona, route.confidence, reason=route.reason)))
     return found if len(found) > 1 else []
