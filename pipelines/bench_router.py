@@ -18,6 +18,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import f1_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from persona_models.encoder import load_encoder
 from pipelines.compose import CORPUS
 from pipelines.router_corpus import Labelled, RouterData, read_router_corpus, seen
 from pipelines.train_router import fit_classifier
@@ -61,13 +62,15 @@ def _contestants(config: Any, data: RouterData, training: Sequence[Labelled], pe
     most = Counter(labels).most_common(1)[0]
     yield Contestant("always the most frequent", lambda text: (most[0], most[1] / len(labels)))
     vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2)
-    neighbours = KNeighborsClassifier(15, metric="cosine").fit(vectorizer.fit_transform(texts), labels)
-
-    def nearest(text: str) -> Picked:
-        p = neighbours.predict_proba(vectorizer.transform([text]))[0]
-        return str(neighbours.classes_[int(p.argmax())]), float(p.max())
-
-    yield Contestant("15 nearest prompts, TF-IDF", nearest)
+    vectors = vectorizer.fit_transform(texts)
+    yield Contestant("15 nearest prompts, TF-IDF", _nearest(vectors, labels, lambda text: vectorizer.transform([text])))
+    encoder = load_encoder(config.router.encoder) if config.router.encoder else None
+    if encoder:
+        encoder.prepare(texts)
+        dense = np.stack([encoder.encode(t) for t in texts])
+        yield Contestant("15 nearest prompts, sentence encoder", _nearest(dense, labels, lambda text: encoder.encode(text)[None]))
+    else:
+        notes.append("left out sentence encoders: router.encoder is not set")
     for name, package, make in (
         ("semantic-router, TF-IDF encoder", "semantic_router", _semantic_router),
         ("LiteLLM's complexity router", "litellm", _complexity_router),
@@ -85,7 +88,20 @@ def _contestants(config: Any, data: RouterData, training: Sequence[Labelled], pe
         data, prompts=tuple(r for r in data.prompts if id(r) in kept), personal=tuple(r for r in data.personal if id(r) in kept or r.profile)
     )
     yield _ours("deskroute, the same prompts", fit_classifier(part, personas), config)
+    if encoder:
+        yield _ours("deskroute, the same prompts, sentence encoder", fit_classifier(part, personas, encoder=encoder), config)
     yield _ours("deskroute, as it is in force", load_classifier(config), config)
+
+
+def _nearest(vectors: Any, labels: Sequence[str], vector_of: Callable[[str], Any]) -> Callable[[str], Picked]:
+    """The share of personas among the nearest of the training prompts."""
+    neighbours = KNeighborsClassifier(15, metric="cosine").fit(vectors, labels)
+
+    def pick(text: str) -> Picked:
+        p = neighbours.predict_proba(vector_of(text))[0]
+        return str(neighbours.classes_[int(p.argmax())]), float(p.max())
+
+    return pick
 
 
 def _ours(name: str, classifier: PersonaClassifier, config: Any) -> Contestant:

@@ -157,7 +157,8 @@ def _profiles(titles: Titles, seed: int) -> list[Labelled]:
         for name in names:
             for _ in range(PROFILES_PER_TITLE):
                 new = random.random() < 0.2
-                days = random.randint(0, titles.first_days) if new else random.choice([None, random.randint(90, 400), random.randint(400, 6000)])
+                settled = random.randint(titles.first_days, 400), random.randint(400, 6000)
+                days = random.randint(0, max(0, titles.first_days - 1)) if new else random.choice([None, *settled])
                 if persona == titles.newcomers:
                     days = random.choice([None, random.randint(0, 60), random.randint(0, 300)])
                 profile = Profile(name, random.choice(["", random.choice(departments)]) if departments else "", days)

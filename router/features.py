@@ -33,7 +33,7 @@ ENCODER_WEIGHT = 3.0
 STEM_CHARS = 5
 
 # (days below, name); a start date in the future counts as the first days.
-_TENURE = ((30, "tenure < 30 days"), (90, "tenure 30-89 days"), (365, "tenure 90-364 days"))
+_TENURE = ((30, "tenure < 30 days"), (45, "tenure 30-44 days"), (90, "tenure 45-89 days"), (365, "tenure 90-364 days"))
 _TENURE_LONG = "tenure 1 year or more"
 _NO_PROFILE = "no profile"
 UNKNOWN_WORDS = "unknown words"

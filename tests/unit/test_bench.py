@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from unit import corpora
 
 from persona_models.errors import InputError
@@ -130,14 +133,30 @@ def test_memory_is_measured_in_a_process_of_its_own(long_base_folder):
     assert bench_engine._memory_mb(str(long_base_folder), "auto", "llama.cpp's server, base", 3, 1) is None
 
 
-def test_every_router_gets_the_same_prompts_and_is_measured(tmp_path, monkeypatch, capsys):
+def save_table(folder):
+    """A sentence encoder of random token vectors."""
+    folder.mkdir()
+    words = sorted({w for lines in (*corpora.WORK.values(), *corpora.TROUBLE.values()) for line in lines for w in line.split()})
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0} | {w: i + 1 for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_file({"embeddings": np.random.default_rng(0).normal(size=(len(words) + 1, 16)).astype(np.float32)}, folder / "model.safetensors")
+    return str(folder)
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_every_router_gets_the_same_prompts_and_is_measured(tmp_path, monkeypatch, capsys, encoder):
     data = read_router_corpus(corpora.write_corpus(tmp_path / "corpus"), corpora.PERSONAS)
     in_force = fit_classifier(data, corpora.PERSONAS)
     monkeypatch.setattr(bench_router, "load_classifier", lambda config: in_force)
     monkeypatch.setattr("router.loading.load_classifier", lambda config: in_force)
     monkeypatch.setattr(bench_router.importlib.util, "find_spec", lambda name: None)
     config = SimpleNamespace(
-        catalogue=lambda: [SimpleNamespace(id=p) for p in corpora.PERSONAS], corpus=tmp_path / "corpus", policy=PolicySettings(), state=tmp_path
+        catalogue=lambda: [SimpleNamespace(id=p) for p in corpora.PERSONAS],
+        corpus=tmp_path / "corpus",
+        policy=PolicySettings(),
+        state=tmp_path,
+        router=SimpleNamespace(encoder=save_table(tmp_path / "encoder") if encoder else None),
     )
     monkeypatch.setattr("router.loading.load_knowledge", lambda config: SimpleNamespace(best=len))
     bench.bench("router", tmp_path / "router.json", config)
@@ -145,7 +164,11 @@ def test_every_router_gets_the_same_prompts_and_is_measured(tmp_path, monkeypatc
     assert (tmp_path / "router.png").stat().st_size > 10_000
     assert {"left out semantic-router, TF-IDF encoder: semantic_router is not installed"} <= set(written["notes"])
     rows = {r["router"]: r for r in written["rows"] if "router" in r}
-    assert list(rows) == ["always the most frequent", "15 nearest prompts, TF-IDF", "deskroute, the same prompts", "deskroute, as it is in force"]
+    with_encoder = {"15 nearest prompts, sentence encoder", "deskroute, the same prompts, sentence encoder"}
+    without = ["always the most frequent", "15 nearest prompts, TF-IDF", "deskroute, the same prompts", "deskroute, as it is in force"]
+    assert [name for name in rows if name not in with_encoder] == without
+    assert with_encoder & set(rows) == (with_encoder if encoder else set())
+    assert ("left out sentence encoders: router.encoder is not set" in written["notes"]) is not encoder
     # Each persona wrote as many held-out prompts.
     assert rows["always the most frequent"]["accuracy"] == pytest.approx(1 / 3, abs=0.01)
     # All of the tiny corpus is training: the same prompts give the same router.

@@ -35,7 +35,8 @@ def test_profile_names_key_and_value_of_a_bad_tenure(days):
 
 
 @pytest.mark.parametrize(
-    ("days", "name"), [(-5, "< 30"), (29, "< 30"), (30, "30-89"), (89, "30-89"), (90, "90-364"), (364, "90-364"), (365, "1 year or more")]
+    ("days", "name"),
+    [(-5, "< 30"), (29, "< 30"), (30, "30-44"), (45, "45-89"), (89, "45-89"), (90, "90-364"), (364, "90-364"), (365, "1 year or more")],
 )
 def test_tenure_falls_into_one_bucket(days, name):
     terms = profile_terms(Profile(tenure_days=days))
