@@ -29,7 +29,7 @@ class PolicySettings(BaseModel):
         description="below this probability that the sender can be told nobody is picked; None: the artefact's own threshold",
     )
     min_confidence: float = Field(default=0.3, ge=0, le=1, description="below this probability of the leading persona nobody is picked")
-    mix_margin: float = Field(default=0.12, ge=0, le=1, description="two leading personas this close share the answer; 0 turns mixing off")
+    mix_margin: float = Field(default=0.25, ge=0, le=1, description="two leading personas this close share the answer; 0 turns mixing off")
     mix_floor: float = Field(default=0.75, ge=0, le=1, description="two personas share only if together they have at least this probability")
     mix_sharpness: float = Field(
         default=1, ge=0, le=10, description="shares are the probabilities to this power: 0 gives both the same, a large one nearly all to the leading"

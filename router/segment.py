@@ -278,16 +278,16 @@ def requests_in(classifier: PersonaClassifier, segmenter: Segmenter | None, quer
     pieces = segmenter.split(classifier, query.turns[0] if query.turns else query.text) if segmenter else []
     if len(pieces) < 2:
         return []
+    # That a piece is somebody else's than the one beside it is known; it need not tell as much as a message of its own.
+    settings = settings.model_copy(update={"min_known": 0.0})
     found: list[tuple[str, Route]] = []
     for piece, scores in zip(pieces, classifier.score([Query(piece, query.profile) for piece in pieces]), strict=True):
         route = decide(scores, settings)
-        if route.decision == "decline":
-            # A piece that is no request was cut off from one.
+        if route.persona is None:
+            # A piece that is no request of anybody's was cut off from one.
             return []
-        # That it is somebody else's than the other piece is known, so the likeliest will do where alone it would tell too little.
-        persona = route.persona or max(scores.personas, key=lambda p: scores.personas[p])
-        if found and found[-1][1].persona == persona:
+        if found and found[-1][1].persona == route.persona:
             found[-1] = (f"{found[-1][0]} {piece}", found[-1][1])
         else:
-            found.append((piece, Route("persona", persona, route.confidence, reason=route.reason)))
+            found.append((piece, Route("persona", route.persona, route.confidence, reason=route.reason)))
     return found if len(found) > 1 else []
