@@ -151,18 +151,24 @@ def _profiles(titles: Titles, seed: int) -> list[Labelled]:
     random = Random(seed)
     rows: list[Labelled] = []
     everywhere = [d for found in titles.departments.values() for d in found]
+
+    def add(persona: str, title: str, department: str) -> None:
+        new = random.random() < 0.2
+        settled = random.randint(titles.first_days, 400), random.randint(400, 6000)
+        days = random.randint(0, max(0, titles.first_days - 1)) if new else random.choice([None, *settled])
+        if persona == titles.newcomers:
+            days = random.choice([None, random.randint(0, 60), random.randint(0, 300)])
+        of = titles.newcomers if new and persona not in (*titles.lasting, titles.newcomers) else persona
+        rows.append(Labelled("", f"titles_{len(rows) % FOLDS}", of, profile=Profile(title, department, days)))
+
     for persona, names in titles.titles.items():
         departments = titles.departments.get(persona) or everywhere
-        lasting = persona in (*titles.lasting, titles.newcomers)
         for name in names:
             for _ in range(PROFILES_PER_TITLE):
-                new = random.random() < 0.2
-                settled = random.randint(titles.first_days, 400), random.randint(400, 6000)
-                days = random.randint(0, max(0, titles.first_days - 1)) if new else random.choice([None, *settled])
-                if persona == titles.newcomers:
-                    days = random.choice([None, random.randint(0, 60), random.randint(0, 300)])
-                profile = Profile(name, random.choice(["", random.choice(departments)]) if departments else "", days)
-                rows.append(Labelled("", f"titles_{len(rows) % FOLDS}", titles.newcomers if new and not lasting else persona, profile=profile))
+                add(persona, name, random.choice(["", random.choice(departments)]) if departments else "")
+    for persona, names in titles.departments.items():
+        for name in names:
+            add(persona, "", name)
     return rows
 
 

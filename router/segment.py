@@ -201,7 +201,7 @@ class Evidence:
     """Raw scores of every run of pieces of a text, from one pass over it.
 
     A run's score is what the classifier gives to its text, but that repeated words count in full and not by their logarithm, and that pairs of words
-    across pieces are left out.
+    across pieces and a sentence encoder's vector are left out.
     """
 
     def __init__(self, classifier: PersonaClassifier, pieces: Sequence[Sequence[str]]) -> None:
@@ -241,8 +241,8 @@ class Evidence:
             squares[block, 1:] = rows @ (idf * idf) + strange[block] * space.unknown_idf**2
         lists = np.zeros((n + 1, of_list))
         last, of_word = ends.tolist(), piece.tolist()
-        found = [(of_word[i], of) for i, entry, of in classifier.space.lexicon.places(text) if i + entry.count(" ") < last[of_word[i]]]
-        lists[[i + 1 for i, of in found for _ in of], [at for _, of in found for at in of]] = 1
+        found = [(of_word[i], named) for i, entry, named in classifier.space.lexicon.places(text) if i + entry.count(" ") < last[of_word[i]]]
+        lists[[i + 1 for i, named in found for _ in named], [at for _, named in found for at in named]] = 1
         self._sums, self._squares, self._lists = sums.cumsum(axis=1), squares.cumsum(axis=1), lists.cumsum(axis=0)
 
     def sides(self) -> tuple[np.ndarray, np.ndarray]:
