@@ -38,16 +38,24 @@ class Answer:
     fed: int = 0  # prompt tokens that the model has seen
     tokens: list[int] = field(default_factory=list)
     cancelled: bool = False
+    _seen_after: dict[tuple[int, ...], set[int]] = field(default_factory=dict)  # see _last_run; what has followed it
     _stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
     _decoded: int = 0  # characters that left the stream
     _held: str = ""  # decoded, not yet sent: it may be the beginning of a stop string
 
+    @property
+    def _last_run(self) -> tuple[int, ...]:
+        """The tokens that a run of request.no_repeat, whose last token is still to come, begins with."""
+        return tuple(self.tokens[len(self.tokens) - self.request.no_repeat + 1 :]) if len(self.tokens) >= self.request.no_repeat - 1 else ()
+
     def take(self, logits: Tensor, likeliest: int) -> TokenEvent | None:
         """Choose the next token from logits (V,), of which `likeliest` is the largest; returns what is to be sent of it, and is cancelled at its end."""
         request = self.request
-        token = likeliest
-        if not sampling.is_plain(request):
-            token = sampling.choose(logits, request, self.random, so_far=len(self.tokens), stop_ids=tuple(self.stop_ids))
+        token, banned = likeliest, self._seen_after.get(self._last_run, ()) if request.no_repeat else ()
+        if token in banned or not sampling.is_plain(request):
+            token = sampling.choose(logits, request, self.random, so_far=len(self.tokens), stop_ids=tuple(self.stop_ids), banned=banned)
+        if request.no_repeat and len(self.tokens) >= request.no_repeat - 1:
+            self._seen_after.setdefault(self._last_run, set()).add(token)
         self.tokens.append(token)
         ended: FinishReason | None = None
         piece = ""

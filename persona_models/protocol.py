@@ -33,6 +33,7 @@ class GenerateRequest:
     lineup_ms: when the caller read which versions are in force, milliseconds since 1970; an engine that is older than this catches up first.
     document: the knowledge article as text, or None; where it is None the model hands over instead of inventing steps.
     top_k: 0 for all tokens; min_tokens: the answer does not end before; logit_bias: token id -> what is added to its logit;
+    no_repeat: a run of so many tokens that the answer already holds does not come again, 0 for no such rule;
     logprobs: None, or how many of the likeliest tokens are reported beside each token's own log-probability.
     """
 
@@ -48,6 +49,7 @@ class GenerateRequest:
     top_k: int = 0
     min_tokens: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    no_repeat: int = 0
     logprobs: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     lineup_ms: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -27,16 +27,26 @@ def is_plain(request: GenerateRequest) -> bool:
     return request.temperature < COLDEST and not request.logit_bias and not request.min_tokens and request.logprobs is None
 
 
-def choose(logits: Tensor, request: GenerateRequest, random: torch.Generator | None, *, so_far: int, stop_ids: Sequence[int]) -> int:
+def choose(
+    logits: Tensor,
+    request: GenerateRequest,
+    random: torch.Generator | None,
+    *,
+    so_far: int,
+    stop_ids: Sequence[int],
+    banned: Collection[int] = (),
+) -> int:
     """One token from logits (V,), after `so_far` tokens of the answer.
 
-    Order: logit_bias, no end before min_tokens, temperature, top_k, then the nucleus of probability top_p.
+    Order: logit_bias, none of `banned`, no end before min_tokens, temperature, top_k, then the nucleus of probability top_p.
     """
-    if request.logit_bias or so_far < request.min_tokens:
+    if request.logit_bias or banned or so_far < request.min_tokens:
         logits = logits.clone()
         if request.logit_bias:
             ids = torch.tensor(list(request.logit_bias), device=logits.device)
             logits[ids] += torch.tensor(list(request.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        if banned:
+            logits[list(banned)] = float("-inf")
         if so_far < request.min_tokens and stop_ids:
             logits[list(stop_ids)] = float("-inf")
     if random is None:

@@ -20,6 +20,7 @@ from persona_models.protocol import BASE, BUILTIN
 from router.policy import PolicySettings
 
 DEFAULT_FILE = Path("deskroute.yaml")
+NO_REPEAT = 12
 
 
 class Section(BaseModel):
@@ -99,6 +100,12 @@ class Generation(Section):
 
     max_tokens: int = Field(512, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
+    no_repeat: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="a run of so many tokens does not come twice in an answer; 0: no such rule; None: 12 for the built-in base, else 0",
+    )
     engine: Literal["model", "fake"] = Field("model", description="fake: a deterministic stand-in without weights, for trying clients")
 
 
@@ -218,6 +225,12 @@ class Config(Section):
     def fallback_model(self) -> str:
         """Who answers when no persona can be told: a persona id or "base". The plainest manner suits somebody unknown best."""
         return self.fallback or ("admin" if any(p.id == "admin" for p in self.catalogue()) else BASE)
+
+    @property
+    def no_repeat(self) -> int:
+        """Tokens of a run that must not come twice in an answer; 0: no such rule. The built-in base is small enough to begin a step anew."""
+        given = self.generation.no_repeat
+        return (NO_REPEAT if self.base == BUILTIN else 0) if given is None else given
 
     @property
     def registry_uri(self) -> str:

@@ -266,6 +266,7 @@ class Desk:
             top_k=max(0, request.top_k or 0),
             min_tokens=request.min_tokens or 0,
             logit_bias=request.logit_bias or {},
+            no_repeat=self.config.no_repeat,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             versions=plan.versions,
             lineup_ms=self.lineup.read_ms if self.lineup else 0,

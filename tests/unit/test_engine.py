@@ -216,6 +216,23 @@ async def test_seeded_sampling_repeats_and_does_not_depend_on_the_batch(engine):
     assert other != alone
 
 
+@pytest.mark.parametrize("run", [1, 2, 5])
+async def test_no_run_of_tokens_comes_twice(engine, tiny_base_folder, run):
+    """Against a loop that computes the whole sequence anew and looks through all of the answer for every token it might take."""
+    base, text = engine.base, "paper jam paper jam"
+    ids = encode_prompt(base.tokenizer, [Message("user", text)], document=None)
+    model, answer = AutoModelForCausalLM.from_pretrained(tiny_base_folder).eval(), []
+    while len(answer) < 40 and not set(answer) & base.stop_ids:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
+        runs = [answer[i : i + run] for i in range(len(answer) - run + 1)]
+        answer.append(next(t for t in logits.argsort(descending=True, stable=True).tolist() if [*answer, t][-run:] not in runs))
+    want = base.tokenizer.decode([t for t in answer if t not in base.stop_ids], skip_special_tokens=True)
+    got = await asyncio.gather(*(collect(engine, ask(text, max_tokens=40, no_repeat=n)) for n in (run, 0, run)))
+    assert [got[0][0], got[2][0]] == [want, want]
+    assert got[1][0] != want
+
+
 async def test_stop_strings_cut_the_answer_and_are_not_sent(engine):
     whole, _ = await collect(engine, ask("hello", {"field": 1.0}, max_tokens=20))
     stop = whole[6:9]

@@ -37,6 +37,17 @@ def test_tokens_are_drawn_as_often_as_they_are_likely_among_those_kept(asked, ke
     torch.testing.assert_close(drawn(LOGITS, request(temperature=temperature, seed=3, **asked)), want / want.sum(), atol=0.04, rtol=0)
 
 
+def test_banned_tokens_never_come_and_leave_their_share_to_the_others():
+    probs = torch.softmax(LOGITS, -1) * torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    random = sampling.generator(request(temperature=1.0, seed=3), torch.device("cpu"))
+    counts = torch.zeros(5)
+    for _ in range(4000):
+        counts[sampling.choose(LOGITS, request(temperature=1.0), random, so_far=0, stop_ids=(), banned={0, 3})] += 1
+    torch.testing.assert_close(counts / 4000, probs / probs.sum(), atol=0.04, rtol=0)
+    assert sampling.choose(LOGITS, request(), None, so_far=0, stop_ids=(), banned={0}) == 1
+    assert LOGITS[0] == 2.0  # the caller's logits stay as they are
+
+
 def test_a_seed_repeats_and_the_coldest_is_greedy():
     hot = request(temperature=1.0, seed=5)
     one, two = (sampling.generator(hot, torch.device("cpu")) for _ in range(2))
