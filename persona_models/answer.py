@@ -38,24 +38,23 @@ class Answer:
     fed: int = 0  # prompt tokens that the model has seen
     tokens: list[int] = field(default_factory=list)
     cancelled: bool = False
-    _seen_after: dict[tuple[int, ...], set[int]] = field(default_factory=dict)  # see _last_run; what has followed it
+    _seen_after: dict[tuple[int, ...], set[int]] = field(default_factory=dict)  # see _followed
     _stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
     _decoded: int = 0  # characters that left the stream
     _held: str = ""  # decoded, not yet sent: it may be the beginning of a stop string
 
-    @property
-    def _last_run(self) -> tuple[int, ...]:
-        """The tokens that a run of request.no_repeat, whose last token is still to come, begins with."""
-        return tuple(self.tokens[len(self.tokens) - self.request.no_repeat + 1 :]) if len(self.tokens) >= self.request.no_repeat - 1 else ()
+    def _followed(self) -> set[int]:
+        """The tokens that have followed the last ones once, so that another of them would make a run of request.no_repeat come twice."""
+        first = len(self.tokens) - self.request.no_repeat + 1
+        return self._seen_after.setdefault(tuple(self.tokens[first:]), set()) if self.request.no_repeat and first >= 0 else set()
 
     def take(self, logits: Tensor, likeliest: int) -> TokenEvent | None:
         """Choose the next token from logits (V,), of which `likeliest` is the largest; returns what is to be sent of it, and is cancelled at its end."""
         request = self.request
-        token, banned = likeliest, self._seen_after.get(self._last_run, ()) if request.no_repeat else ()
+        token, banned = likeliest, self._followed()
         if token in banned or not sampling.is_plain(request):
             token = sampling.choose(logits, request, self.random, so_far=len(self.tokens), stop_ids=tuple(self.stop_ids), banned=banned)
-        if request.no_repeat and len(self.tokens) >= request.no_repeat - 1:
-            self._seen_after.setdefault(self._last_run, set()).add(token)
+        banned.add(token)
         self.tokens.append(token)
         ended: FinishReason | None = None
         piece = ""

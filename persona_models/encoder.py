@@ -48,13 +48,15 @@ class SentenceEncoder:
         self._known: dict[str, np.ndarray] = {}
 
     def encode(self, text: str) -> np.ndarray:
-        """(dim,) float32 of length 1; zeros for a text without a token."""
+        """(dim,) float32 of length 1; zeros for a blank text, and for one without a token that the encoder knows."""
+        if not text.strip():
+            return np.zeros(self.dim, dtype=np.float32)
         found = self._known.get(text)
         return _unit(self.model([text]))[0] if found is None else found
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Encode these once for all later calls of `encode`."""
-        fresh = sorted(dict.fromkeys(t for t in texts if t not in self._known), key=len)
+        fresh = sorted(dict.fromkeys(t for t in texts if t.strip() and t not in self._known), key=len)
         for i in tqdm(range(0, len(fresh), BATCH), desc=f"encoding with {Path(self.name).name}", unit="batch", dynamic_ncols=True):
             some = fresh[i : i + BATCH]
             self._known |= dict(zip(some, _unit(self.model(some)), strict=True))
@@ -90,16 +92,24 @@ class TokenTable:
         return made
 
 
-@lru_cache(maxsize=2)
 def load_encoder(spec: str) -> SentenceEncoder:
-    """The encoder in a folder or a Hugging Face repository. Raises ConfigError where there is none, or one that cannot be loaded."""
+    """The encoder in a folder or a Hugging Face repository; a folder's name is its whole path. Raises ConfigError where there is none, or one that
+    cannot be loaded or cannot encode."""
     folder = _folder(spec)
+    # What stands in the folder may be exchanged while a server runs.
+    stamp = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*")) if p.is_file())
+    return _loaded(str(folder.resolve()) if Path(spec).is_dir() else spec, folder, stamp)
+
+
+@lru_cache(maxsize=2)
+def _loaded(spec: str, folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> SentenceEncoder:
     try:
-        for place in _TABLES:
-            if (table := _table(folder / place)) is not None:
-                return SentenceEncoder(spec, table)
-        return SentenceEncoder(spec, _transformer(folder))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:
+        table = next((t for place in _TABLES if (t := _table(folder / place)) is not None), None)
+        encoder = SentenceEncoder(spec, table or _transformer(folder))
+        if not np.isfinite(encoder.probe).all() or not encoder.probe.any():
+            raise ValueError(f"it makes no vector of {PROBE!r}: it must know English words")
+        return encoder
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ImportError, SafetensorError) as e:
         said = str(e).strip().splitlines() or [type(e).__name__]
         raise ConfigError(
             f"router.encoder: {spec!r} cannot be loaded as a sentence encoder ({said[0][:200]}); "
@@ -137,9 +147,11 @@ def _table(folder: Path) -> TokenTable | None:
         read = Tokenizer.from_file(str(tokenizer))
     except Exception as e:  # tokenizers raises nothing narrower
         raise ValueError(f"{tokenizer}: {e}") from None
-    tokens = len(vectors) if rows is None else len(rows)
-    if vectors.ndim != 2 or not np.isfinite(vectors).all() or read.get_vocab_size() > tokens:
-        raise ValueError(f"{weights}: vectors {vectors.shape} do not fit a tokenizer of {read.get_vocab_size()} tokens, or are not finite")
+    tokens = read.get_vocab_size()
+    if vectors.ndim != 2 or not np.isfinite(vectors).all() or len(vectors if rows is None else rows) < tokens:
+        raise ValueError(f"{weights}: vectors {vectors.shape} do not fit a tokenizer of {tokens} tokens, or are not finite")
+    if (rows is not None and not 0 <= rows.min() <= rows.max() < len(vectors)) or (scales is not None and len(scales) < tokens):
+        raise ValueError(f"{weights}: its mapping or its weights do not fit {len(vectors)} vectors and {tokens} tokens")
     return TokenTable(read, vectors, rows, scales)
 
 

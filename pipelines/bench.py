@@ -11,65 +11,93 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from persona_models.errors import InputError
 from pipelines.workload import LONG_PROMPT, PROMPTS
 
+# What a benchmark has found, a part at a time: rows and notes.
+Found = Iterator[tuple[list[dict[str, Any]], list[str]]]
+
 
 def bench(what: str, out: Path | None, config: Any) -> None:
-    """Run one benchmark, print its table, and write it as JSON where asked; the engine's is drawn as well. Raises InputError for an unknown one."""
-    runs: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"gateway": bench_gateway, "finetune": _finetune}
-    if what not in (*runs, "engine", "router", "mixture"):
-        raise InputError(f"bench: {what!r} is not one of router, engine, gateway, finetune, mixture")
-    if what == "engine":
-        from pipelines.bench_engine import bench_engine
-
-        picture = out.with_suffix(".png") if out else config.state / "bench" / "engine.png"
-        rows: list[dict[str, Any]] = []
-        notes: list[str] = []
-        # A long run: what is finished is shown and kept, whatever becomes of the rest.
-        for found, said in bench_engine(config):
-            rows, notes = rows + found, notes + said
-            _report(found, said)
-            _write(out, what, rows, notes)
-            _draw(rows, picture)
-        print(f"drawn in {picture}")
-        return
-    if what == "router":
-        from pipelines import plots
-        from pipelines.bench_router import bench_router
-
-        times = bench_route(config)
-        _report(times, [])
-        found, said = bench_router(config)
+    """Run one benchmark, print its table, draw it where it has a picture, and write it as JSON where asked. Raises InputError for an unknown one."""
+    runs: dict[str, tuple[Callable[[Any], Found], Callable[[list[dict[str, Any]]], Any] | None]] = {
+        "router": (_router, _router_picture),
+        "engine": (_engine, _engine_picture),
+        "gateway": (_gateway, None),
+        "finetune": (_finetune, None),
+        "mixture": (_mixture, _mixture_picture),
+    }
+    if what not in runs:
+        raise InputError(f"bench: {what!r} is not one of {', '.join(runs)}")
+    run, picture = runs[what]
+    drawn = out.with_suffix(".png") if out else config.state / "bench" / f"{what}.png"
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    # A long run: what is finished is shown and kept, whatever becomes of the rest.
+    for found, said in run(config):
+        rows, notes = rows + found, notes + said
         _report(found, said)
-        _write(out, what, [*times, *found], said)
-        picture = out.with_suffix(".png") if out else config.state / "bench" / "router.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        plots.routers(found).savefig(picture, dpi=130)
-        print(f"drawn in {picture}")
-        return
-    if what == "mixture":
-        from pipelines.mixture import study
-
-        picture = out.with_suffix(".png") if out else config.state / "bench" / "mixture.png"
-        rows = study(config, picture)
-        _report(rows, [])
-        _write(out, what, rows, [])
-        print(f"drawn in {picture}")
-        return
-    rows = runs[what](config)
-    _report(rows, [])
-    _write(out, what, rows, [])
+        _write(out, what, rows, notes)
+        if picture and (figure := picture(rows)):
+            drawn.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(drawn, dpi=130)
+    if picture:
+        print(f"drawn in {drawn}")
 
 
-def _finetune(config: Any) -> list[dict[str, Any]]:
+def _router(config: Any) -> Found:
+    from pipelines.bench_router import bench_router
+
+    yield bench_route(config), []
+    yield bench_router(config)
+
+
+def _router_picture(rows: list[dict[str, Any]]) -> Any:
+    from pipelines import plots
+
+    compared = [r for r in rows if "router" in r]
+    return plots.routers(compared) if compared else None
+
+
+def _engine(config: Any) -> Found:
+    from pipelines.bench_engine import bench_engine
+
+    yield from bench_engine(config)
+
+
+def _engine_picture(rows: list[dict[str, Any]]) -> Any:
+    from pipelines import plots
+
+    rates: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        rates.setdefault(row["base"], {}).setdefault(row["way"], {})[row["requests"]] = row["tokens/s"]
+    return plots.throughput(rates)
+
+
+def _gateway(config: Any) -> Found:
+    yield bench_gateway(config), []
+
+
+def _finetune(config: Any) -> Found:
     from pipelines.bench_finetune import bench_finetune
 
-    return bench_finetune(config)
+    yield bench_finetune(config), []
+
+
+def _mixture(config: Any) -> Found:
+    from pipelines.mixture import study
+
+    yield study(config), []
+
+
+def _mixture_picture(rows: list[dict[str, Any]]) -> Any:
+    from pipelines import plots
+
+    return plots.mixture(rows)
 
 
 def _report(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> None:
@@ -86,16 +114,6 @@ def _write(out: Path | None, what: str, rows: Sequence[dict[str, Any]], notes: S
     if out:
         about = {"bench": what, "cpus": os.cpu_count(), "notes": notes, "rows": rows}
         out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-
-
-def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    from pipelines import plots
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rates: dict[str, dict[str, dict[int, float]]] = {}
-    for row in rows:
-        rates.setdefault(row["base"], {}).setdefault(row["way"], {})[row["requests"]] = row["tokens/s"]
-    plots.throughput(rates).savefig(path, dpi=130)
 
 
 def bench_route(config: Any) -> list[dict[str, Any]]:

@@ -93,14 +93,22 @@ class Applied:
 
 
 def generate_answers(
-    base: BaseModel, samples: Sequence[Sample], adapter: Adapter | None, *, persona: str, manner: str, max_tokens: int, title: str
+    base: BaseModel,
+    samples: Sequence[Sample],
+    adapter: Adapter | None,
+    *,
+    persona: str,
+    manner: str,
+    max_tokens: int,
+    no_repeat: int,
+    title: str,
 ) -> list[Answer]:
-    """Greedy answers, through the engine that serves."""
-    return asyncio.run(_generate(base, samples, adapter, persona, manner, max_tokens, title))
+    """Greedy answers, through the engine that serves and by the rule that serving has."""
+    return asyncio.run(_generate(base, samples, adapter, persona, manner, max_tokens, no_repeat, title))
 
 
 async def _generate(
-    base: BaseModel, samples: Sequence[Sample], adapter: Adapter | None, persona: str, manner: str, max_tokens: int, title: str
+    base: BaseModel, samples: Sequence[Sample], adapter: Adapter | None, persona: str, manner: str, max_tokens: int, no_repeat: int, title: str
 ) -> list[Answer]:
     # Losses are computed in this thread, with all of torch's: see PersonaEngine.
     engine = PersonaEngine(base, manners={persona: manner}, max_rows=16, max_queue=len(samples) + 1, threads=1)
@@ -111,7 +119,7 @@ async def _generate(
     bar = tqdm(total=len(samples), desc=title, unit="answer")
 
     async def one(i: int, sample: Sample) -> Answer:
-        request = GenerateRequest(str(i), sample.messages, gate, sample.document, max_tokens)
+        request = GenerateRequest(str(i), sample.messages, gate, sample.document, max_tokens, no_repeat=no_repeat)
         began = time.perf_counter()
         try:
             events = [event async for event in engine.generate(request)]

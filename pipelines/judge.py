@@ -60,6 +60,7 @@ def judge(
     manner: str,
     max_tokens: int,
     answer_tokens: int,
+    no_repeat: int,
     shown: int,
     seed: int,
 ) -> Judgement:
@@ -81,7 +82,9 @@ def judge(
         losses[name] = Losses(np.array(sums), np.array(tokens))
     answered = kept[:shown]
     answers = {
-        name: generate_answers(base, answered, adapter, persona=persona, manner=manner, max_tokens=answer_tokens, title=f"answers, {name}")
+        name: generate_answers(
+            base, answered, adapter, persona=persona, manner=manner, max_tokens=answer_tokens, no_repeat=no_repeat, title=f"answers, {name}"
+        )
         for name, adapter in candidates.items()
     }
     rivals = {name: _metrics(losses[name], answered, answers[name]) for name in candidates}

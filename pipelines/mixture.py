@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from persona_models.adapters import read_adapter
-from persona_models.base_model import BaseModel, load_base
-from persona_models.errors import WorkError
+from persona_models.base_model import BaseModel
+from persona_models.errors import InputError, WorkError
 from persona_models.gated_lora import LoraBank
 from pipelines import plots
 from pipelines.compose import CORPUS, Corpus
@@ -38,12 +37,14 @@ LEADING, RIGHT, BASE = "leading alone", "right one", "base"
 RESAMPLES = 2000
 
 
-def study(config: Any, picture: Path) -> list[dict[str, Any]]:
+def study(config: Any) -> list[dict[str, Any]]:
     """One row per margin: mean losses in nats a token, and the mixture's difference to the leading persona with the 95 % interval of a paired bootstrap.
 
     The rows, a picture and the losses of every request are logged to MLflow.
     """
     personas = {p.id: p for p in config.catalogue()}
+    if len(personas) < 2:
+        raise InputError(f"bench mixture: a mixture takes two personas, the catalogue has {len(personas)}")
     seed = config.training.seed
     corpus = Corpus(config.corpus or CORPUS, tuple(personas))
     asked = [(p, s) for p in personas for s in corpus_samples(corpus, p, SAMPLES_PER_PERSONA, seed=seed, held_out=True)]
@@ -51,7 +52,8 @@ def study(config: Any, picture: Path) -> list[dict[str, Any]]:
     order = np.argsort(-scores, axis=1, kind="stable")[:, :2]
     two = np.take_along_axis(scores, order, axis=1)
     names = list(personas)
-    base, work = load_base(config.base, dtype=config.dtype), Retraining(config)
+    work = Retraining(config)
+    base = work.base
     bank = LoraBank(base.model)
     for p in names:
         if folder := work.folder_in_force(p):
@@ -81,7 +83,7 @@ def study(config: Any, picture: Path) -> list[dict[str, Any]]:
     margin = (two[:, 0] - two[:, 1])[kept]
     table = {way: np.array([losses[way] for losses in found]) for way in found[0]}
     rows = summary(margin, np.array([r == p for r, p in zip(right_one, leading_one, strict=True)]), table, seed)
-    _log(config, rows, {"persona": right_one, "leading": leading_one, "margin": margin.round(4).tolist()}, table, picture)
+    _log(config, rows, {"persona": right_one, "leading": leading_one, "margin": margin.round(4).tolist()}, table)
     return rows
 
 
@@ -126,10 +128,7 @@ def _loss(base: BaseModel, bank: LoraBank, sample: Sample, manner: str, gate: Ma
     return sums[0] / max(1, counts[0])
 
 
-def _log(config: Any, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Sequence[Any]], losses: Mapping[str, np.ndarray], picture: Path) -> None:
-    figure = plots.mixture(rows)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=130)
+def _log(config: Any, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Sequence[Any]], losses: Mapping[str, np.ndarray]) -> None:
     tracker = Tracker(config.registry_uri, config.state / "artifacts")
     settings = {"base": config.base, "mix_margin": config.policy.mix_margin, "mix_sharpness": config.policy.mix_sharpness}
     with tracker.run(
@@ -138,4 +137,4 @@ def _log(config: Any, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Seq
         run.metrics({f"study/change_{row['margin'].replace(' to ', '_')}": row["change"] for row in rows})
         run.table({k: [row[k] for row in rows] for k in rows[0]}, "mixture.json")
         run.table(dict(about) | {way: found.round(4).tolist() for way, found in losses.items()}, "mixture_requests.json")
-        run.figure(figure, "plots/mixture.png")
+        run.figure(plots.mixture(rows), "plots/mixture.png")

@@ -20,7 +20,7 @@ from typing import Any
 
 from persona_models.adapters import builtin_adapter, read_adapter
 from persona_models.base_model import BaseModel, load_base
-from persona_models.encoder import load_encoder
+from persona_models.encoder import SentenceEncoder, load_encoder
 from persona_models.errors import AdapterError, DeskrouteError, RegistryError, TicketError, WorkError
 from persona_models.personas import Persona, read_personas
 from persona_models.registry import CHAMPION, ROUTER_MODEL, RegistryReader, model_name
@@ -93,6 +93,11 @@ class Retraining:
     def values(self) -> dict[str, str]:
         """What articles' {slots} are filled with."""
         return {**self.knowledge.values, **self.config.desk.values()}
+
+    @cached_property
+    def encoder(self) -> SentenceEncoder | None:
+        """The router's sentence encoder, where one is set."""
+        return load_encoder(self.config.router.encoder) if self.config.router.encoder else None
 
     @cached_property
     def base(self) -> BaseModel:
@@ -177,9 +182,8 @@ class Retraining:
             shipped = tuple(p.id for p in read_personas())
             # Another catalogue than the corpus is of, unless the corpus is a company's own as well.
             others = shipped if rows and self.config.corpus is None and set(shipped) != set(self.catalogue) else ()
-            encoder = load_encoder(self.config.router.encoder) if self.config.router.encoder else None
             report = train_router(
-                self.corpus.folder, work / "artefact", tuple(self.catalogue), seed, prompts=rows, own_personas=others, encoder=encoder
+                self.corpus.folder, work / "artefact", tuple(self.catalogue), seed, prompts=rows, own_personas=others, encoder=self.encoder
             )
             metrics = {f"slice/{k[6:]}" if k.startswith("slice_") else f"eval/{k}": float(v) for k, v in report.metrics.items()}
             run.figure(plots.confusion(report.confusion, report.personas, "Persona, held-out authors"), "plots/confusion.png")
@@ -226,8 +230,8 @@ class Retraining:
                 if not prompts.is_file():
                     raise TicketError(f"{prompts}: there is no such file")
                 facts["prompts"] = file_digest(prompts)
-            if self.config.router.encoder:
-                facts["encoder"] = self.config.router.encoder
+            if self.encoder:
+                facts["encoder"] = self.encoder.probe.tolist()
         else:
             with alone(self._work(name), f"retrain {name}"):
                 dataset, steps = self._prepare(name, tickets, None, self.config.training)
@@ -268,6 +272,7 @@ class Retraining:
             manner=persona.manner,
             max_tokens=training.max_tokens,
             answer_tokens=self.config.generation.max_tokens,
+            no_repeat=self.config.no_repeat,
             shown=SHOWN,
             seed=training.seed,
         )

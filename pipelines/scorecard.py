@@ -20,12 +20,11 @@ from persona_models.protocol import BASE
 from pipelines.compose import CORPUS
 from pipelines.evaluate import facts
 from pipelines.local import local_desk
-from pipelines.routing_card import routing_figures
+from pipelines.routing_card import routing_figures, share
 from pipelines.tracking import PERSONA_EXPERIMENT, Tracker
 from router.config import Config
 from router.desk import Desk
 from router.knowledge import load_folder
-from router.query import Profile
 from router.schema import ChatRequest
 
 EVALUATION = CORPUS / "evaluation"
@@ -47,10 +46,7 @@ def evaluate(config: Config) -> Scorecard:
     desk = local_desk(config, models=True)
     card = Scorecard()
     try:
-        _routing(desk, card)
-        figures, misses = routing_figures(desk, read)
-        card.metrics |= figures
-        card.misses += misses
+        card.metrics, card.misses = routing_figures(desk, read)
         _retrieval(desk, card)
         asyncio.run(_answers(desk, card))
     finally:
@@ -84,39 +80,18 @@ def read(name: str) -> list[dict[str, Any]]:
         raise WorkError(f"{path}: cannot be read ({e}); restore pipelines/corpus/evaluation") from None
 
 
-def _plan(desk: Desk, row: Mapping[str, Any], model: str | None = None) -> Any:
-    return desk.plan(_request(row).turns(), Profile.from_metadata(row.get("profile") or {}), model)
-
-
 def _request(row: Mapping[str, Any], model: str = "auto", max_tokens: int | None = None) -> ChatRequest:
     return ChatRequest.model_validate({"model": model, "messages": [{"role": "user", "content": row["text"]}], "max_tokens": max_tokens})
-
-
-def _routing(desk: Desk, card: Scorecard) -> None:
-    for name in ("routing", "profiles"):
-        rows = read(name)
-        blocks = [_plan(desk, row).block for row in rows]
-        guesses = [max(b.scores, key=lambda p: b.scores[p]) for b in blocks]
-        card.metrics[f"{name}_accuracy"] = _share(g == r["persona"] for g, r in zip(guesses, rows, strict=True))
-        decided = [(b.persona, r["persona"]) for b, r in zip(blocks, rows, strict=True) if b.decision == "persona"]
-        card.metrics[f"{name}_decided"] = len(decided) / len(rows)
-        card.metrics[f"{name}_decided_accuracy"] = _share(a == b for a, b in decided)
-        card.misses += [
-            {"kind": name, "text": r["text"], "want": r["persona"], "got": g} for g, r in zip(guesses, rows, strict=True) if g != r["persona"]
-        ]
-        if name == "routing":
-            card.metrics["requests_declined"] = _share(b.decision == "decline" for b in blocks)
-    card.metrics["others_declined"] = _share(_plan(desk, row).block.decision == "decline" for row in read("declined"))
 
 
 def _retrieval(desk: Desk, card: Scorecard) -> None:
     rows = read("retrieval")
     found = [desk.knowledge.match(r["text"], 3) for r in rows]
     top = [[m.article.id for m in matches] for matches in found]
-    card.metrics["retrieval_top1"] = _share(t[:1] == [r["topic"]] for t, r in zip(top, rows, strict=True))
-    card.metrics["retrieval_top3"] = _share(r["topic"] in t for t, r in zip(top, rows, strict=True))
-    card.metrics["covered_without_article"] = _share(desk.knowledge.best(r["text"]) is None for r in rows)
-    card.metrics["uncovered_without_article"] = _share(desk.knowledge.best(r["text"]) is None for r in read("uncovered"))
+    card.metrics["retrieval_top1"] = share(t[:1] == [r["topic"]] for t, r in zip(top, rows, strict=True))
+    card.metrics["retrieval_top3"] = share(r["topic"] in t for t, r in zip(top, rows, strict=True))
+    card.metrics["covered_without_article"] = share(desk.knowledge.best(r["text"]) is None for r in rows)
+    card.metrics["uncovered_without_article"] = share(desk.knowledge.best(r["text"]) is None for r in read("uncovered"))
     card.misses += [
         {"kind": "retrieval", "text": r["text"], "want": r["topic"], "got": t[0] if t else ""}
         for t, r in zip(top, rows, strict=True)
@@ -130,13 +105,13 @@ async def _answers(desk: Desk, card: Scorecard) -> None:
         said = await _ask(desk, rows, model)
         prefix = "" if model == "persona" else "base_"
         named = [[any(a in s["answer"].lower() for a in action) for action in r["actions"]] for s, r in zip(said, rows, strict=True)]
-        card.metrics[f"{prefix}actions_named"] = _share(n for row in named for n in row)
-        card.metrics[f"{prefix}answers_with_all_actions"] = _share(all(row) for row in named)
+        card.metrics[f"{prefix}actions_named"] = share(n for row in named for n in row)
+        card.metrics[f"{prefix}answers_with_all_actions"] = share(all(row) for row in named)
         right = [(s, n) for s, n, r in zip(said, named, rows, strict=True) if s["article"] == r["topic"]]
-        card.metrics[f"{prefix}actions_named_right_article"] = _share(x for _, n in right for x in n)
-        card.metrics[f"{prefix}ends"] = _share(s["finish"] == "stop" for s in said)
+        card.metrics[f"{prefix}actions_named_right_article"] = share(x for _, n in right for x in n)
+        card.metrics[f"{prefix}ends"] = share(s["finish"] == "stop" for s in said)
         if model == "persona":
-            card.metrics["right_article"] = _share(s["article"] == r["topic"] for s, r in zip(said, rows, strict=True))
+            card.metrics["right_article"] = share(s["article"] == r["topic"] for s, r in zip(said, rows, strict=True))
             for r, s, row in zip(rows, said, named, strict=True):
                 missing = [a for a, n in zip(r["actions"], row, strict=True) if not n]
                 card.answers.append({"prompt": r["text"], "persona": r["persona"], "topic": r["topic"], **s, "missing": missing})
@@ -153,7 +128,7 @@ async def _ground(desk: Desk, card: Scorecard) -> None:
         said = await _ask(desk, rows, "persona")
     finally:
         desk.knowledge = before
-    card.metrics["grounding_right_article"] = _share(s["article"] == r["topic"] for s, r in zip(said, rows, strict=True))
+    card.metrics["grounding_right_article"] = share(s["article"] == r["topic"] for s, r in zip(said, rows, strict=True))
     carried: Counter[str] = Counter()
     for s, r in zip(said, rows, strict=True):
         if s["article"] != r["topic"]:
@@ -194,11 +169,6 @@ async def _ask(desk: Desk, rows: Sequence[Mapping[str, Any]], model: str) -> lis
 async def _close(desk: Desk) -> None:
     for engine in set(desk.engines.values()):
         await engine.close()
-
-
-def _share(hits: Any) -> float:
-    found = [bool(h) for h in hits]
-    return sum(found) / max(1, len(found))
 
 
 def print_card(card: Scorecard, path: Path | None) -> None:

@@ -30,10 +30,11 @@ from pipelines.router_report import RouterReport, measure
 from pipelines.train_knowledge import fit_knowledge
 from pipelines.train_segments import fit_segmenter, fit_trust
 from router.classifier import MANIFEST, PersonaClassifier, Tells, sigmoid, softmax
-from router.features import FeatureSpace, TextSpace
+from router.features import FeatureSpace
 from router.knowledge import KnowledgeBase
 from router.lexicon import Lexicon
 from router.query import Profile
+from router.text_space import TextSpace
 
 # Strength of the fits (scikit-learn's C) and of the pull of term weights towards 1; chosen on voices left out of training.
 PERSONA_C = 5.0
@@ -136,12 +137,12 @@ def fit_classifier(data: RouterData, personas: Sequence[str], seed: int = 0, enc
         inside, inside_bias, threshold = _fit_in_domain(space, [*everyone, *neutral, *uncovered], odd, strangers, seed)
     made = PersonaClassifier(space, personas, np.column_stack([weights, inside]), np.append(bias, inside_bias), temperature, threshold, tells=known)
     made.trust = fit_trust(made, data.talks)
-    strangers_to: dict[str, PersonaClassifier] = {}
+    unseen_by: dict[str, PersonaClassifier] = {}
     for left_out, w, b, model in apart:
         own = replace(known, weights=model.coef_[0].astype(np.float32), bias=float(model.intercept_[0])) if known and model else known
         other = PersonaClassifier(space, personas, np.column_stack([w, inside]), np.append(b, inside_bias), temperature, threshold, tells=own)
-        strangers_to |= dict.fromkeys(left_out, other)
-    segmenter = fit_segmenter(made, data, seed, strangers_to)
+        unseen_by |= dict.fromkeys(left_out, other)
+    segmenter = fit_segmenter(made, data, seed, unseen_by)
     made.segments = segmenter.facts() if segmenter else None
     return made
 
@@ -153,9 +154,9 @@ def _profiles(titles: Titles, seed: int) -> list[Labelled]:
     everywhere = [d for found in titles.departments.values() for d in found]
 
     def add(persona: str, title: str, department: str) -> None:
-        new = random.random() < 0.2
-        settled = random.randint(titles.first_days, 400), random.randint(400, 6000)
-        days = random.randint(0, max(0, titles.first_days - 1)) if new else random.choice([None, *settled])
+        new = titles.first_days > 0 and random.random() < 0.2
+        settled = random.randint(titles.first_days, max(400, titles.first_days)), max(titles.first_days, random.randint(400, 6000))
+        days = random.randint(0, titles.first_days - 1) if new else random.choice([None, *settled])
         if persona == titles.newcomers:
             days = random.choice([None, random.randint(0, 60), random.randint(0, 300)])
         of = titles.newcomers if new and persona not in (*titles.lasting, titles.newcomers) else persona

@@ -1,7 +1,7 @@
 """Conversations and messages with two requests -> how far a turn that tells outweighs those before it, and which cuts are cuts; measured on held-out voices.
 
-What is said of a text is always what a classifier says that has not seen its author's others: one that has is surer than it will be of anybody's.
-Knows nothing of MLflow or HTTP.
+What persona a piece of a text speaks of, and whether it tells, is for the cuts what a classifier says that has not seen the author's other texts: one that
+has is surer than it will be of anybody's. Knows nothing of MLflow or HTTP.
 """
 
 from __future__ import annotations

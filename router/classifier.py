@@ -18,14 +18,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from persona_models.encoder import load_encoder
+from persona_models.encoder import SentenceEncoder, load_encoder
 from persona_models.errors import ConfigError
-from router.features import Arrays, FeatureSpace
+from router.features import FeatureSpace
 from router.query import Query
+from router.text_space import Arrays
 
 FILE = "classifier.safetensors"
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 MAX_REASONS = 5
 # What a profile counts as a text that tells, in log-odds.
 PROFILE_TELLS = 3.0
@@ -248,7 +249,7 @@ class PersonaClassifier:
     def load(cls, folder: Path, personas: Sequence[str] = (), encoder: str | None = None) -> PersonaClassifier:
         """Load an artefact; `personas`, where given, is the catalogue it must have been trained for.
 
-        encoder: where the sentence encoder is that it was trained with, if not where it was then; no matter for an artefact that has none.
+        encoder: the sentence encoder that it was trained with, as the configuration names it; no matter for an artefact that has none.
         Raises ConfigError when a file is missing or damaged, comes from another format, was trained for other personas or with another encoder.
         """
         arrays, about, version = read_arrays(folder / FILE)
@@ -257,9 +258,7 @@ class PersonaClassifier:
                 raise ConfigError(f"router: {folder} is of format {about['format']}, this version reads {FORMAT}; run `deskroute retrain router`")
             trained = tuple(str(p) for p in about["personas"])
             parts = arrays["weights"], arrays["bias"], float(about["temperature"]), float(about["min_in_domain"])
-            # Older artefacts have none of these.
-            trust, segments = float(about.get("trust", 2.0)), about.get("segments")
-            numbers = about.get("tells")
+            trust, segments, numbers = float(about["trust"]), about["segments"], about["tells"]
             tells = Tells(arrays["tells"], **{k: float(v) for k, v in numbers.items()}) if numbers else None
             if tells and tells.weights.shape != (arrays["weights"].shape[0],):
                 raise ValueError(f"{tells.weights.shape[0]} weights of what tells for {arrays['weights'].shape[0]} features")
@@ -270,9 +269,19 @@ class PersonaClassifier:
                 f"router: {folder} was trained for the personas {', '.join(trained)}, the catalogue has {', '.join(personas)}; "
                 "run `deskroute retrain router` after changing personas.yaml"
             )
-        with_encoder = load_encoder(encoder or str(about["encoder"])) if about.get("encoder") else None
+        with_encoder = _encoder(about.get("encoder"), encoder)
         space = FeatureSpace.from_arrays(arrays, with_encoder)
         return cls(space, trained, *parts, version=version, trust=trust, segments=segments, tells=tells)
+
+
+def _encoder(trained_with: str | None, configured: str | None) -> SentenceEncoder | None:
+    """The encoder that an artefact needs. A folder is taken from where it was in training; a model of Hugging Face only if the configuration names it,
+    since an artefact must not make a server fetch what nobody there asked for."""
+    if trained_with is None:
+        return None
+    if configured is None and not Path(trained_with).is_dir():
+        raise ConfigError(f"router: the artefact was trained with the sentence encoder {trained_with!r}; name it in router.encoder")
+    return load_encoder(configured or trained_with)
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any], str]:

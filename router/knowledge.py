@@ -21,7 +21,7 @@ from scipy import sparse
 from persona_models.errors import ArticleError, ConfigError
 from router.article import Article, Step, fill, read_article
 from router.classifier import digest, read_arrays, read_checked, sigmoid
-from router.features import TextSpace
+from router.text_space import TextSpace
 
 FILE = "knowledge.safetensors"
 ARTICLES_FILE = "knowledge.json"

@@ -18,7 +18,7 @@ Decision = Literal["persona", "mix", "fallback", "decline"]
 
 
 class PolicySettings(BaseModel):
-    """When a score is enough. All values are probabilities."""
+    """When a score is enough. All values are probabilities, but for mix_sharpness."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -81,8 +81,8 @@ def shares(probabilities: Mapping[str, float], sharpness: float = 1.0) -> dict[s
 
 def together(routes: Sequence[Route]) -> Route:
     """The route of a message that holds several requests, in order: a mix of their personas, each with its share; the first one leads."""
-    shares: dict[str, float] = {}
+    parts: dict[str, float] = {}
     for route in routes:
-        shares[str(route.persona)] = shares.get(str(route.persona), 0.0) + 1 / len(routes)
+        parts[str(route.persona)] = parts.get(str(route.persona), 0.0) + 1 / len(routes)
     said = ", then ".join(str(r.persona) for r in routes)
-    return Route("mix", routes[0].persona, min(r.confidence for r in routes), shares, f"{len(routes)} requests: {said}")
+    return Route("mix", routes[0].persona, min(r.confidence for r in routes), parts, f"{len(routes)} requests: {said}")

@@ -21,9 +21,11 @@ from router.classifier import PersonaClassifier, sigmoid, softmax
 from router.policy import PolicySettings, Route, decide
 from router.query import MAX_CHARS, Query, words_of
 
+# What all breaks begin with; of a run of spaces only the first one, since each other would look through the rest of the run once more.
+BEGINS = r"(?=[,;.\"')\]]|(?<!\s)\s)"
 # Places where another request may begin: blank and new lines, ends of sentences, dashes, semicolons, connectives.
 _BREAKS = re.compile(
-    r"(?=[\s,;.\"')\]])(?:"  # what all of them begin with, for speed
+    BEGINS + r"(?:"
     r"(?P<line>\s*\n\s*)"
     r"|(?P<sentence>(?<=[.!?…])[\"')\]]*\s+)"
     r"|(?P<stop>\s*;\s+|\s+[-–—]{1,2}\s+|\s*\.{3}\s*|\s+(?:[+&|]|/{1,2})\s+|\s+(?=\(?[2-4b]\)))"
@@ -33,7 +35,7 @@ _BREAKS = re.compile(
 )
 KINDS = ("line", "sentence", "stop", "comma", "word")
 # What only joins the first request to the second.
-_JOINING = re.compile(r"(?:[\s,;–—-]+(?:and|plus|oh|then))?[\s,;–—-]*$", re.IGNORECASE)
+_JOINING = re.compile(r"(?<![\s,;–—-])(?:[\s,;–—-]+(?:and|plus|oh|then))?[\s,;–—-]*$", re.IGNORECASE)
 _WORD_START = re.compile(r"\b\w")
 # How the second request often begins.
 _CUE = re.compile(

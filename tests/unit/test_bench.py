@@ -7,11 +7,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from unit import corpora
+from unit.encoders import PROBED, random_table
 
 from persona_models.errors import InputError
 from pipelines import bench, bench_engine, bench_llamacpp, bench_router
@@ -27,6 +25,7 @@ shared = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(shared)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+WORDS = sorted({PROBED, *(w for lines in (*corpora.WORK.values(), *corpora.TROUBLE.values()) for line in lines for w in line.split())})
 WAYS = {
     "engine, base",
     "engine, five mixed",
@@ -133,17 +132,6 @@ def test_memory_is_measured_in_a_process_of_its_own(long_base_folder):
     assert bench_engine._memory_mb(str(long_base_folder), "auto", "llama.cpp's server, base", 3, 1) is None
 
 
-def save_table(folder):
-    """A sentence encoder of random token vectors."""
-    folder.mkdir()
-    words = sorted({w for lines in (*corpora.WORK.values(), *corpora.TROUBLE.values()) for line in lines for w in line.split()})
-    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0} | {w: i + 1 for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    save_file({"embeddings": np.random.default_rng(0).normal(size=(len(words) + 1, 16)).astype(np.float32)}, folder / "model.safetensors")
-    return str(folder)
-
-
 @pytest.mark.parametrize("encoder", [False, True])
 def test_every_router_gets_the_same_prompts_and_is_measured(tmp_path, monkeypatch, capsys, encoder):
     data = read_router_corpus(corpora.write_corpus(tmp_path / "corpus"), corpora.PERSONAS)
@@ -156,7 +144,7 @@ def test_every_router_gets_the_same_prompts_and_is_measured(tmp_path, monkeypatc
         corpus=tmp_path / "corpus",
         policy=PolicySettings(),
         state=tmp_path,
-        router=SimpleNamespace(encoder=save_table(tmp_path / "encoder") if encoder else None),
+        router=SimpleNamespace(encoder=random_table(tmp_path / "encoder", WORDS, dim=16) if encoder else None),
     )
     monkeypatch.setattr("router.loading.load_knowledge", lambda config: SimpleNamespace(best=len))
     bench.bench("router", tmp_path / "router.json", config)

@@ -7,8 +7,9 @@ import pytest
 
 from persona_models.errors import ConfigError
 from router.classifier import FILE, MANIFEST, MAX_REASONS, MIN_REASON, PersonaClassifier, Tells, sigmoid, softmax
-from router.features import FeatureSpace, TextSpace
+from router.features import FeatureSpace
 from router.query import Profile, Query
+from router.text_space import TextSpace
 
 PERSONAS = ("leadership", "field", "admin")
 QUERIES = [

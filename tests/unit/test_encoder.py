@@ -1,14 +1,14 @@
 """persona_models/encoder.py on encoders made here, and a router that is trained with one: words that no prompt held still tell."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from unit.corpora import PERSONAS, WORK, write_corpus, write_rows
+from unit.encoders import PROBED, random_table, save_table, tokenizer_of
 
 from persona_models.encoder import MAX_TOKENS, load_encoder
 from persona_models.errors import ConfigError
@@ -23,23 +23,6 @@ from router.query import Query
 # Words that mean the same: the first of each stands in what is trained on, the others nowhere.
 ALIKE = {"board": ["verwaltungsrat", "conseil"], "customer": ["kundin", "cliente"], "payroll": ["lohnlauf", "paghe"]}
 WORDS = sorted({w for lines in WORK.values() for line in lines for w in line.replace("'", " ").split()})
-
-
-def tokenizer_of(words):
-    made = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, **{w: i + 2 for i, w in enumerate(words)}}, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    return made
-
-
-def save_table(folder, words, vectors, **more):
-    folder.mkdir(parents=True)
-    tokenizer_of(words).save(str(folder / "tokenizer.json"))
-    save_file({"embeddings": vectors.astype(np.float32), **more}, folder / "model.safetensors")
-    return str(folder)
-
-
-def random_table(folder, words=("printer", "jam", "tray"), *, dim=8, seed=0):
-    return save_table(folder, list(words), np.random.default_rng(seed).normal(size=(len(words) + 2, dim)))
 
 
 def test_a_table_gives_the_mean_of_its_tokens_vectors(tmp_path):
@@ -61,22 +44,23 @@ def test_a_table_may_map_tokens_to_fewer_vectors_and_weigh_them(tmp_path):
     np.testing.assert_allclose(encoder.encode("printer jam"), want / np.linalg.norm(want), atol=1e-6)
 
 
-def save_bert(folder, *, pooling=None):
+def save_bert(folder, *, pooling=None, pad="[PAD]"):
     torch.manual_seed(0)
     words = ["printer", "jam", "tray", "paper", "the"]
     config = BertConfig(vocab_size=len(words) + 2, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1)
     BertModel(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(words), unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(words), unk_token="[UNK]", pad_token=pad).save_pretrained(folder)
     if pooling:
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16, **pooling}))
     return folder
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_a_transformer_is_pooled_as_its_files_say(tmp_path, first):
+@pytest.mark.parametrize(("first", "says"), [(True, True), (False, True), (False, False)])
+def test_a_transformer_is_pooled_as_its_files_say(tmp_path, first, says):
+    """Without a file, by the mean."""
     pooling = {"pooling_mode_cls_token": first, "pooling_mode_mean_tokens": not first}
-    folder = save_bert(tmp_path / "bert", pooling=pooling if first else None)
+    folder = save_bert(tmp_path / "bert", pooling=pooling if says else None)
     encoder = load_encoder(str(folder))
     model, texts = BertModel.from_pretrained(folder).eval(), ["paper jam", "the printer the tray the paper jam", "jam"]
     ids = {"paper": 5, "jam": 3, "the": 6, "printer": 2, "tray": 4}
@@ -88,6 +72,9 @@ def test_a_transformer_is_pooled_as_its_files_say(tmp_path, first):
     alone = [encoder.encode(t) for t in texts]
     encoder.prepare(texts)  # in one batch, with padding
     np.testing.assert_allclose([encoder.encode(t) for t in texts], alone, atol=1e-5)
+    assert not encoder.encode("").any()
+    assert not encoder.encode(" \n").any()
+    encoder.prepare(["", *texts])
 
 
 @pytest.mark.parametrize(
@@ -99,6 +86,10 @@ def test_a_transformer_is_pooled_as_its_files_say(tmp_path, first):
         (lambda f: (random_table(f), (f / "model.safetensors").write_bytes(b"none"))[0], "cannot be loaded"),
         (lambda f: (random_table(f), (f / "tokenizer.json").write_text("{}"))[0], "tokenizer.json"),
         (lambda f: save_bert(f, pooling={"pooling_mode_max_tokens": True}), "pooling by pooling_mode_max_tokens"),
+        (lambda f: save_bert(f, pad=None), "cannot be loaded"),
+        (lambda f: random_table(f, ("drucker", "stau")), "must know English words"),
+        (lambda f: save_table(f, [PROBED], np.ones((3, 4)), mapping=np.array([0, 1, 7])), "mapping or its weights"),
+        (lambda f: save_table(f, [PROBED], np.ones((3, 4)), weights=np.ones(2, dtype=np.float32)), "mapping or its weights"),
     ],
 )
 def test_what_is_no_encoder_is_refused(tmp_path, make, said):
@@ -131,7 +122,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def meanings(tmp_path_factory):
     """An encoder to which words that mean the same are the same."""
-    words = [*WORDS, *(w for alike in ALIKE.values() for w in alike)]
+    words = [PROBED, *WORDS, *(w for alike in ALIKE.values() for w in alike)]
     vectors = np.eye(len(words) + 2)
     for word, alike in ALIKE.items():
         for other in alike:
@@ -177,19 +168,42 @@ def test_an_artefact_goes_with_its_encoder(corpus, meanings, tmp_path):
         PersonaClassifier.load(out, PERSONAS, random_table(tmp_path / "other", dim=load_encoder(meanings).dim))
 
 
-def test_the_configuration_names_it(tmp_path, corpus, meanings, monkeypatch, caplog):
+def test_an_encoder_whose_files_change_is_read_anew(tmp_path):
+    spec = random_table(tmp_path / "encoder", seed=0)
+    before = load_encoder(spec)
+    assert load_encoder(spec) is before
+    shutil.rmtree(spec)
+    random_table(tmp_path / "encoder", seed=1, dim=9)
+    assert not load_encoder(spec).is_like(before.probe)
+
+
+def project(tmp_path, settings):
     (tmp_path / "personas.yaml").write_text(
         "".join(f"- {{id: {p}, title: {p}, who: those of {p}, manner: plain, colour: '#1c7c{i}4'}}\n" for i, p in enumerate(PERSONAS))
     )
-    (tmp_path / "deskroute.yaml").write_text("personas: personas.yaml\nrouter:\n  artefact: ./made\n  encoder: ./encoder\n")
+    (tmp_path / "deskroute.yaml").write_text(f"personas: personas.yaml\n{settings}")
+    return load_config()
+
+
+def test_the_configuration_names_it(tmp_path, corpus, meanings, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    config = load_config()
+    config = project(tmp_path, "router:\n  artefact: ./made\n  encoder: ./encoder\n")
     assert (config.router.artefact, config.router.encoder) == ("made", "encoder")
+    shutil.copytree(meanings, tmp_path / "first")
+    train_router(corpus, tmp_path / "made", PERSONAS, 1, encoder=load_encoder(str(tmp_path / "first")))
+    (tmp_path / "first").rename(tmp_path / "encoder")
+    classifier, knowledge = load_router(config, None)
+    assert classifier.space.encoder.name == str(tmp_path / "encoder")
+    assert isinstance(knowledge, KnowledgeBase)
+    # Where it was in training there is nothing any more, and nobody says where it is.
+    with pytest.raises(ConfigError, match=r"was trained with the sentence encoder .*first'; name it in router\.encoder"):
+        load_router(project(tmp_path, "router: made\n"), None)
+
+
+def test_a_router_without_an_encoder_is_served_as_it_is(tmp_path, corpus, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    config = project(tmp_path, "router: {artefact: made, encoder: encoder}\n")
     train_router(corpus, tmp_path / "made", PERSONAS, 1)
     caplog.set_level("WARNING")
-    classifier, knowledge = load_router(config, None)
-    assert classifier.space.encoder is None
-    assert isinstance(knowledge, KnowledgeBase)
+    assert load_router(config, None)[0].space.encoder is None
     assert "the router in force was trained without one; run `deskroute retrain router`" in caplog.text
-    (tmp_path / "deskroute.yaml").write_text("router: made\n")
-    assert load_config().router.artefact == "made"

@@ -6,8 +6,9 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
 from persona_models.errors import ConfigError, InputError
 from persona_models.protocol import Message
-from router.features import FeatureSpace, TextSpace, char_grams, profile_terms
+from router.features import FeatureSpace, profile_terms
 from router.query import MAX_CHARS, Profile, Query, query_of, words_of
+from router.text_space import TextSpace, char_grams
 
 TEXTS = [
     "The payroll system locks me out again",

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from persona_models.errors import ConfigError
-from router.features import FeatureSpace, TextSpace
+from router.features import FeatureSpace
 from router.lexicon import Lexicon
 from router.query import Query, words_of
+from router.text_space import TextSpace
 
 LISTS = {"vehicles": ["van", "fork lift truck", "lorry"], "papers": ["board pack", "minutes"], "all": ["van", "minutes", "board pack"]}
 TEXT = "The board pack is in the van, the fork lift truck has the Van's minutes"

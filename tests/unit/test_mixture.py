@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from persona_models.errors import InputError
 from pipelines.bench import bench
 from pipelines.mixture import BASE, LEADING, MARGINS, RIGHT, SAMPLES_PER_PERSONA, summary
 from pipelines.tracking import ROUTER_EXPERIMENT, Tracker
@@ -54,5 +55,11 @@ def test_a_study_is_drawn_tabled_and_logged(tmp_path, long_base_folder, empty_st
     tracker = Tracker(config.registry_uri, config.state / "artifacts")
     run = tracker.client.search_runs([tracker.experiment(ROUTER_EXPERIMENT)])[0]
     assert run.data.tags["stage"] == "study"
-    assert all(v == 0 for k, v in run.data.metrics.items() if k.startswith("study/change"))
+    changes = [v for k, v in run.data.metrics.items() if k.startswith("study/change")]
+    assert changes
+    assert set(changes) == {0}
+    (tmp_path / "personas.yaml").write_text("- {id: field, title: Field, who: all, manner: plain, colour: '#1c7c54'}\n")
+    (tmp_path / "deskroute.yaml").write_text(f"base: {long_base_folder}\nstate: state\npersonas: personas.yaml\n")
+    with pytest.raises(InputError, match="takes two personas, the catalogue has 1"):
+        bench("mixture", None, load_config(tmp_path / "deskroute.yaml"))
     assert {f.path for f in tracker.client.list_artifacts(run.info.run_id)} >= {"mixture.json", "mixture_requests.json", "plots"}

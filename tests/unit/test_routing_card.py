@@ -2,7 +2,9 @@
 
 import pytest
 
+from pipelines.compose import CORPUS
 from pipelines.local import local_desk
+from pipelines.router_corpus import read_router_corpus
 from pipelines.routing_card import routing_figures
 from pipelines.scorecard import read
 from router.config import load_config
@@ -12,6 +14,9 @@ VAN = "sitting in the van at the customer's site and the tablet won't load the i
 POEM = "Write me a poem about the moon over Venice"
 NEUTRAL = "outlook keeps asking for my password"
 ROWS = {
+    "routing": [{"text": PAYROLL, "persona": "admin"}, {"text": VAN, "persona": "admin"}],
+    "profiles": [{"text": NEUTRAL, "persona": "admin", "profile": {"title": "Payroll Clerk"}}],
+    "declined": [{"text": POEM}, {"text": VAN}],
     "telling": [
         {"text": PAYROLL, "persona": "admin", "kind": "plain"},
         {"text": VAN, "persona": "field", "kind": "decoy"},
@@ -46,8 +51,10 @@ def figures():
 
 def test_every_figure_is_a_plain_count(figures):
     found, misses = figures
-    assert [m["want"] for m in misses] == ["new_hire"]
+    assert [(m["kind"], m["want"]) for m in misses] == [("routing", "admin"), ("telling", "new_hire")]
     want = {
+        "routing_accuracy": 0.5, "routing_decided": 1.0, "routing_decided_accuracy": 0.5, "profiles_accuracy": 1.0, "requests_declined": 0.0,
+        "others_declined": 0.5,
         "personas_right": 0.75, "personas_right_decoys": 0.5, "personas_right_others": 1.0, "personas_fall_back": 0.0, "personas_split": 0.0,
         "unchanged_case": 1.0, "profile_decides_right": 0.5, "neutral_left_open": 0.5, "strangers_declined": 0.5, "near_misses_declined": 0.0,
         "requests_declined_unseen": 0.0, "two_requests_found": 0.5, "single_requests_split": 0.0, "conversations_right": 0.5,
@@ -60,11 +67,13 @@ def test_every_figure_is_a_plain_count(figures):
 
 def test_the_files_have_every_persona_kind_and_several_authors():
     telling = read("telling")
+    data = read_router_corpus(CORPUS)
+    trained = {r.voice for part in (data.prompts, data.personal, data.neutral, data.out_of_domain, data.requests, data.talks) for r in part}
     assert len(telling) >= 300
-    assert min(sum(r["persona"] == p for r in telling) for p in {r["persona"] for r in telling}) >= 60
+    assert min(sum(r["persona"] == p.id for r in telling) for p in load_config().catalogue()) >= 60
     assert sum(r["kind"] == "decoy" for r in telling) >= 0.25 * len(telling)
     for name, least in (("profile_decides", 100), ("neutral", 100), ("strangers", 150), ("two_requests", 100), ("conversations", 80)):
         rows = read(name)
         assert len(rows) >= least
         assert len({r["voice"] for r in rows}) >= 10
-        assert not {r["voice"] for r in rows} & {r.get("voice") for r in read("retrieval")}
+        assert not {r["voice"] for r in rows} & trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from router.classifier import PersonaClassifier
 from router.loading import SHIPPED
 from router.policy import Route, together
 from router.query import Query, words_of
-from router.segment import FEATURES, Evidence, Segmenter, cuts, features, pieces_of, words_around
+from router.segment import BEGINS, FEATURES, Evidence, Segmenter, cuts, features, pieces_of, words_around
 from router.stream import in_turn
 
 TWO = "The crane techs' tablets lost the offline manuals out in the vans. Also, the payroll clerk cannot print the wage slips for Friday."
@@ -42,6 +43,13 @@ def test_cuts_stand_where_a_request_may_begin():
     assert [c.kind for c in cuts("the printer is jammed\n\nmy badge does not open the door")] == ["line"]
     # A cut never leaves a side of a word or two.
     assert cuts("Hello. My printer is jammed again today") == []
+
+
+def test_runs_of_spaces_are_looked_through_once():
+    """Each of a few thousand spaces would otherwise look through the rest of them: seconds for one message. Counted in steps, not in time."""
+    short, long = (f"my vpn is dead{' ' * n}and the payroll printer too" for n in (1, 3900))
+    assert [(c.kind, c.start - len(long)) for c in cuts(long)] == [(c.kind, c.start - len(short)) for c in cuts(short)]
+    assert len(re.findall(BEGINS, long)) == len(re.findall(BEGINS, short)) == short.count(" ")
 
 
 def test_evidence_is_what_the_classifier_says_of_the_text(classifier):

@@ -10,8 +10,8 @@ from unit.corpora import PERSONAS, TROUBLE, write_corpus, write_rows
 from persona_models.errors import WorkError
 from pipelines import train_knowledge
 from pipelines import train_router as module
-from pipelines.router_corpus import folds, read_router_corpus
-from pipelines.train_router import fit_classifier, train_router
+from pipelines.router_corpus import Titles, folds, read_router_corpus
+from pipelines.train_router import _profiles, fit_classifier, train_router
 from router.classifier import MANIFEST, PersonaClassifier
 from router.knowledge import Calibration, KnowledgeBase
 from router.query import Profile, Query
@@ -229,3 +229,15 @@ def test_malformed_titles_are_named(tmp_path, text, why):
     with pytest.raises(WorkError, match=why) as caught:
         read_router_corpus(tmp_path, PERSONAS)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("first_days", [0, 1, 45, 900])
+def test_composed_profiles_keep_the_rule_for_newcomers(first_days):
+    titles = Titles({"admin": ("Clerk", "Buyer") * 40, "new_hire": ("Intern",)}, {"admin": ("Finance",)}, "new_hire", first_days, ())
+    rows = _profiles(titles, 3)
+    settled = [r for r in rows if r.profile.title != "Intern"]
+    for row in settled:
+        new = row.profile.tenure_days is not None and row.profile.tenure_days < first_days
+        assert row.persona == ("new_hire" if new else "admin")
+    assert any(r.persona == "new_hire" for r in settled) is (first_days > 0)
+    assert any(not r.profile.title and r.profile.department == "Finance" for r in rows)
