@@ -40,8 +40,11 @@ class RouterReport:
     coverage: list[tuple[float, float]] = field(default_factory=list)  # (share decided, accuracy), the surest first
 
 
-def measure(data: RouterData, classifier: PersonaClassifier, knowledge: KnowledgeBase) -> RouterReport:
-    """Metrics on the held-out voices. Shares are 0 to 1, times in ms; a metric without anything to measure it on is left out."""
+def measure(data: RouterData, classifier: PersonaClassifier, knowledge: KnowledgeBase, asked: Sequence[Labelled] | None = None) -> RouterReport:
+    """Metrics on the held-out voices. Shares are 0 to 1, times in ms; a metric without anything to measure it on is left out.
+
+    asked: requests with their articles, where they are others than `data`'s prompts: labels of a company's own leave the articles as they are.
+    """
     personas = list(classifier.personas)
     known = [r for r in (*data.prompts, *data.personal) if r.held_out and r.tells and not r.profile]
     metrics: dict[str, float] = {}
@@ -91,7 +94,7 @@ def measure(data: RouterData, classifier: PersonaClassifier, knowledge: Knowledg
         metrics["fallback_of_neutral"] = float(_fell_back(classifier, neutral).mean())
     metrics |= _measure_in_domain(classifier, [*known, *with_profile, *neutral], [r for r in data.out_of_domain if r.held_out], errors)
     metrics |= measure_segments(classifier, Segmenter.from_facts(classifier.segments), data)
-    more, confusions = _measure_retrieval(data, knowledge, errors)
+    more, confusions = _measure_retrieval(data, data.prompts if asked is None else asked, knowledge, errors)
     return RouterReport(
         "", metrics | more | _latency(classifier, knowledge, known), tuple(personas), confusion, reliability, confusions, errors, coverage
     )
@@ -176,9 +179,9 @@ def _measure_in_domain(
 
 
 def _measure_retrieval(
-    data: RouterData, knowledge: KnowledgeBase, errors: list[dict[str, Any]]
+    data: RouterData, prompts: Sequence[Labelled], knowledge: KnowledgeBase, errors: list[dict[str, Any]]
 ) -> tuple[dict[str, float], list[tuple[str, str, int]]]:
-    asked = [r for r in data.prompts if r.held_out]
+    asked = [r for r in prompts if r.held_out]
     strangers = [r for r in data.out_of_domain if r.held_out]
     uncovered = [r for r in data.uncovered if r.held_out]
     bar = knowledge.calibration.threshold

@@ -69,7 +69,7 @@ def train_router(
     knowledge = fit_knowledge(data, seed)
     about = _with_prompts(data, prompts, same=not own_personas) if prompts else data
     classifier = fit_classifier(about, personas, seed, encoder)
-    report = measure(about, classifier, knowledge)
+    report = measure(about, classifier, knowledge, data.prompts)
     version = _write(out_dir, classifier, knowledge, report.metrics)
     return replace(report, version=version)
 
