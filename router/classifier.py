@@ -161,15 +161,16 @@ class PersonaClassifier:
 
     def _turn(self, query: Query) -> tuple[_Turn, float]:
         columns, values = self.space.row(query)
-        raw = self.raw(columns, values)
-        personas = softmax(raw[None, :-1] / self.temperature)[0]
+        weights, bias = self.columns
+        raw = values.astype(np.float64) @ weights[columns].astype(np.float64) + bias
+        personas = softmax(raw[:-2] / self.temperature)
         known = 1.0
         if self.tells:
-            score = float(values @ self.tells.weights[columns]) + self.tells.bias
+            score = float(raw[-1])
             if query.profile.title or query.profile.department or query.profile.tenure_days is not None:
                 score = max(score, PROFILE_TELLS)
             known = float(self.tells.known(personas.max(keepdims=True), np.array([score]))[0])
-        return _Turn(query, columns, values, personas, known), float(sigmoid(raw[-1:])[0])
+        return _Turn(query, columns, values, personas, known), float(sigmoid(raw[-2:-1])[0])
 
     def raw(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
         """A feature row -> scores (P + 1,) in log-odds, before temperature; the last is that of being a request."""
@@ -320,9 +321,9 @@ def digest(data: bytes) -> str:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """(N, P) -> (N, P), rows summing to 1."""
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-    out: np.ndarray = exp / exp.sum(axis=1, keepdims=True)
+    """(..., P) -> (..., P), summing to 1 over the last axis."""
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    out: np.ndarray = exp / exp.sum(axis=-1, keepdims=True)
     return out
 
 

@@ -26,11 +26,9 @@ class Lexicon:
                 self.lists_of[entry] = (*self.lists_of.get(entry, ()), i)
         # The words that were looked at last, and what was found: features, reasons and segments ask one after the other.
         self._last: tuple[Sequence[str], list[tuple[int, str, tuple[int, ...]]]] = ([], [])
-        # First word of an entry -> how many words the longest entry has that begins with it.
-        self._longest: dict[str, int] = {}
-        for entry in self.lists_of:
-            first, *more = entry.split(" ")
-            self._longest[first] = max(self._longest.get(first, 0), 1 + len(more))
+        # What longer entries begin with, word by word.
+        words_in = (entry.split(" ") for entry in self.lists_of)
+        self._begins = {" ".join(words[:n]) for words in words_in for n in range(1, len(words))}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -40,13 +38,17 @@ class Lexicon:
         last, found = self._last
         if last == words:
             return found
-        longest, get = self._longest.get, self.lists_of.get
+        begins, get = self._begins, self.lists_of.get
         found = []
-        for i, word in enumerate(words):
-            for n in range(1, min(longest(word, 0), MAX_WORDS, len(words) - i) + 1):
-                entry = word if n == 1 else " ".join(words[i : i + n])
+        for i, entry in enumerate(words):
+            if lists := get(entry):
+                found.append((i, entry, lists))
+            for word in words[i + 1 : i + MAX_WORDS] if entry in begins else ():
+                entry = f"{entry} {word}"
                 if lists := get(entry):
                     found.append((i, entry, lists))
+                if entry not in begins:
+                    break
         self._last = list(words), found
         return found
 

@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ class Segmenter:
         if not places:
             return None
         pieces, get = pieces_of(text, places), self.words.get
-        said = np.array([sum(get(w, 0.0) for w in around) for around in words_around(pieces)])
+        said = np.array([sum(map(get, around, repeat(0.0))) for around in words_around(pieces)])
         probability = sigmoid(features(classifier, text, places, pieces) @ self.weights + said + self.bias)
         best = int(probability.argmax())
         return places[best] if probability[best] >= needs else None
@@ -175,7 +175,7 @@ def features(classifier: PersonaClassifier, text: str, places: Sequence[Cut], pi
     pair = (a[:, :, None] - a[:, None, :]) + (b[:, None, :] - b[:, :, None])  # (N, P, P)
     p, q = np.unravel_index(pair.reshape(len(places), -1).argmax(axis=1), pair.shape[1:])
     each = np.arange(len(places))
-    log_a, log_b = np.log(softmax(a) + 1e-9), np.log(softmax(b) + 1e-9)
+    log_a, log_b = np.log(softmax(np.stack([a, b])) + 1e-9)
     gain = log_a[each, p] + log_b[each, q] - (log_a + log_b).max(axis=1)
     least = np.minimum(a[each, p] - a[each, q], b[each, q] - b[each, p])
     cue = np.array([bool(_CUE.match(text, c.start)) for c in places], dtype=np.float64)
@@ -190,7 +190,7 @@ def features(classifier: PersonaClassifier, text: str, places: Sequence[Cut], pi
             tails[:, -2].clip(-4, 4),
             *tells,
             tells.min(axis=0),
-            *([c.kind == k for c in places] for k in KINDS),
+            np.array([KINDS.index(c.kind) for c in places])[:, None] == np.arange(len(KINDS)),
             cue,
             cue * gain,
             np.log(np.minimum(before, evidence.words.sum() - before)),
@@ -215,25 +215,14 @@ class Evidence:
         self._weights = space.weights
         self._list_weights = weights[first : first + of_list].astype(np.float64) * classifier.space.lexicon_weight
         self.words = np.array([max(1, len(p)) for p in pieces], dtype=np.float64)
-        text = space.mended(list(chain.from_iterable(pieces)))
+        read = space.read_words(list(chain.from_iterable(pieces)))
         # The piece that each word is of.
         piece = np.repeat(np.arange(n), [len(p) for p in pieces])
-        ends = np.cumsum([len(p) for p in pieces])
-        get = space.columns.get
-        own = [get(word, -1) for word in text]
-        self._unknown = np.bincount(piece[np.array(own, dtype=np.int64) < 0], minlength=n).astype(np.float64)
-        pairs = [(i, both) for i, pair in enumerate(map(" ".join, pairwise(text))) if (both := get(pair)) is not None]
-        within = [(i, both) for i, both in pairs if piece[i] == piece[i + 1]]
-        grams = [space.grams_of(word) for word in text]
-        terms = (
-            np.array([*(c for c in own if c >= 0), *(both for _, both in within)], dtype=np.int64),
-            np.concatenate([known for known, _ in grams]) if grams else np.zeros(0, dtype=np.int64),
-        )
-        of = (
-            np.concatenate([piece[[i for i, c in enumerate(own) if c >= 0]], piece[[i for i, _ in within]]]).astype(np.int64),
-            np.repeat(piece, [len(known) for known, _ in grams]),
-        )
-        strange = self._unknown, np.bincount(piece, [missing for _, missing in grams], minlength=n)
+        known, within = read.columns >= 0, read.pairs[piece[read.pairs[:, 0]] == piece[read.pairs[:, 0] + 1]]
+        self._unknown = np.bincount(piece[~known], minlength=n).astype(np.float64)
+        strange = self._unknown, np.bincount(piece, read.missing, minlength=n)
+        terms = np.concatenate([read.columns[known], within[:, 1]]), read.grams
+        of = np.concatenate([piece[known], piece[within[:, 0]]]), np.repeat(piece, read.n_grams)
         sums, squares = np.zeros((2, n + 1, weights.shape[1])), np.zeros((2, n + 1))
         for block in range(2):
             idf = space.idf[terms[block]].astype(np.float64)
@@ -242,8 +231,8 @@ class Evidence:
             sums[block, 1:] = rows @ (idf[:, None] * weights[terms[block]])
             squares[block, 1:] = rows @ (idf * idf) + strange[block] * space.unknown_idf**2
         lists = np.zeros((n + 1, of_list))
-        last, of_word = ends.tolist(), piece.tolist()
-        found = [(of_word[i], named) for i, entry, named in classifier.space.lexicon.places(text) if i + entry.count(" ") < last[of_word[i]]]
+        last, of_word = np.cumsum([len(p) for p in pieces]).tolist(), piece.tolist()
+        found = [(of_word[i], named) for i, entry, named in classifier.space.lexicon.places(read.words) if i + entry.count(" ") < last[of_word[i]]]
         lists[[i + 1 for i, named in found for _ in named], [at for _, named in found for at in named]] = 1
         self._sums, self._squares, self._lists = sums.cumsum(axis=1), squares.cumsum(axis=1), lists.cumsum(axis=0)
 

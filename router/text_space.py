@@ -6,9 +6,11 @@ This file knows nothing of profiles, personas, articles or models.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import numpy as np
 from scipy import sparse
@@ -32,6 +34,22 @@ def char_grams(word: str) -> list[str]:
     return grams
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A text's n words and what a space knows of them."""
+
+    words: list[str]
+    columns: np.ndarray  # (n,), -1 for an unknown word
+    pairs: np.ndarray  # (known pairs, 2): place of its first word, column
+    grams: np.ndarray  # columns of the known n-grams, word after word
+    n_grams: np.ndarray  # (n,) how many known ones a word has
+    missing: np.ndarray  # (n,) how many unknown ones
+
+
+_NO_NUMBERS = np.zeros(0, dtype=np.int64)
+_NOTHING = Reading([], _NO_NUMBERS, _NO_NUMBERS.reshape(0, 2), _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS)
+
+
 class TextSpace:
     """TF-IDF over words, word pairs and character n-grams.
 
@@ -46,8 +64,9 @@ class TextSpace:
         self.weights = (float(word_weight), float(char_weight))
         self.columns = {term: i for i, term in enumerate(self.terms)}
         self.speller: Speller | None = None
-        # The text that was read last, and its words: several who look at a request read it one after the other.
-        self._last: tuple[str, list[str]] = ("", [])
+        # What was read last: several who look at a request do so one after the other.
+        self._last: tuple[str, Reading] = ("", _NOTHING)
+        self._last_words: tuple[list[str], Reading] = ([], _NOTHING)
         self._grams: dict[str, tuple[np.ndarray, int]] = {}
 
     def __len__(self) -> int:
@@ -79,10 +98,35 @@ class TextSpace:
 
     def words(self, text: str) -> list[str]:
         """The words of a text, slips mended where there is a speller."""
+        return self.read(text).words
+
+    def read(self, text: str) -> Reading:
+        """What the space knows of a text's words."""
         last, found = self._last
         if last != text:
-            found = self.mended(words_of(text))
+            found = self.read_words(words_of(text))
             self._last = text, found
+        return found
+
+    def read_words(self, words: list[str]) -> Reading:
+        """The same of words that are found already, before slips are mended."""
+        last, found = self._last_words
+        if last == words:
+            return found
+        said = self.mended(words)
+        get = self.columns.get
+        own = [get(word, -1) for word in said]
+        pairs = [(i, both) for i, pair in enumerate(map(" ".join, pairwise(said))) if (both := get(pair)) is not None]
+        grams = [self.grams_of(word) for word in said]
+        found = Reading(
+            said,
+            _numbers(own),
+            np.fromiter(chain.from_iterable(pairs), dtype=np.int64, count=2 * len(pairs)).reshape(-1, 2),
+            np.concatenate([known for known, _ in grams]) if grams else np.zeros(0, dtype=np.int64),
+            _numbers([len(known) for known, _ in grams]),
+            _numbers([missing for _, missing in grams]),
+        )
+        self._last_words = words, found
         return found
 
     def mended(self, words: Sequence[str]) -> list[str]:
@@ -93,7 +137,7 @@ class TextSpace:
         """From now on read slips as the words of the vocabulary, or of `more`, that they come from."""
         known = sorted((i for i, t in enumerate(self.terms) if not t.startswith("#") and " " not in t), key=lambda i: float(self.idf[i]))
         self.speller = Speller([*(self.terms[i] for i in known), *more])
-        self._last = ("", [])
+        self._last, self._last_words = ("", _NOTHING), ([], _NOTHING)
 
     def grown(self, texts: Sequence[str]) -> TextSpace:
         """The same space with the unseen terms of `texts` at its end, each as rare as a term can be. Old columns keep their number and weight."""
@@ -108,28 +152,18 @@ class TextSpace:
 
     def row(self, text: str) -> tuple[np.ndarray, np.ndarray, float]:
         """One text as columns (n,) int64, values (n,) float32 and the share of its words that no vocabulary holds, 0 to 1."""
-        in_text = self.words(text)
-        columns, get = self.columns, self.columns.get
-        words: Counter[int] = Counter()
-        unknown: Counter[str] = Counter()
-        for term in in_text:
-            if (column := get(term)) is None:
-                unknown[term] += 1
-            else:
-                words[column] += 1
-        share = sum(unknown.values()) / max(len(in_text), 1)
-        for left, right in pairwise(in_text):
-            pair = f"{left} {right}"
-            if pair in columns:
-                words[columns[pair]] += 1
-        by_word = [self.grams_of(word) for word in in_text]
-        unknown_grams = sum({word: missing for word, (_, missing) in zip(in_text, by_word, strict=True)}.values())
-        grams, times = np.unique(_joined([known for known, _ in by_word]), return_counts=True)
+        read = self.read(text)
+        strange = read.columns < 0
+        unknown = Counter(word for word, is_strange in zip(read.words, strange.tolist(), strict=True) if is_strange)
+        terms, times = np.unique(np.concatenate([read.columns[~strange], read.pairs[:, 1]]), return_counts=True)
+        grams, often = np.unique(read.grams, return_counts=True)
+        unknown_grams = sum(dict(zip(read.words, read.missing.tolist(), strict=True)).values())
         # Unknown pairs do not count: nearly every pair of words is new, and a long text would fade for it.
         blocks = [
-            self._scaled(_numbers(words), _numbers(words.values()), self.weights[0], sum((1.0 + float(np.log(n))) ** 2 for n in unknown.values())),
-            self._scaled(grams, times, self.weights[1], float(unknown_grams)),
+            self._scaled(terms, times, self.weights[0], sum((1.0 + math.log(n)) ** 2 for n in unknown.values())),
+            self._scaled(grams, often, self.weights[1], float(unknown_grams)),
         ]
+        share = sum(unknown.values()) / max(len(read.words), 1)
         return np.concatenate([c for c, _ in blocks]), np.concatenate([v for _, v in blocks]), share
 
     def rows(self, texts: Iterable[str]) -> sparse.csr_matrix:
@@ -141,18 +175,16 @@ class TextSpace:
 
         Character n-grams are credited to the words they stand in, each time they occur alike.
         """
-        in_text = self.words(text)
-        word_at = {word: i for i, word in enumerate(dict.fromkeys(in_text))}
-        grams = [self.grams_of(word)[0] for word in in_text]
-        columns = _joined(grams)
-        token = np.repeat([word_at[word] for word in in_text], [len(g) for g in grams]) if in_text else columns
-        times = np.bincount(columns)[columns] if len(columns) else columns
-        get = self.columns.get
-        own = _numbers([get(word, -1) for word in word_at])
-        credited = np.where(own >= 0, shares[own], 0.0)
-        credited += np.bincount(token, shares[columns] / times, minlength=len(word_at)) if len(columns) else 0.0
-        pairs = {pair: both for pair in map(" ".join, pairwise(in_text)) if (both := get(pair)) is not None}
-        return [*word_at, *pairs], np.concatenate([credited, shares[_numbers(pairs.values())]])
+        read = self.read(text)
+        first: dict[str, int] = {}
+        at = [first.setdefault(word, len(first)) for word in read.words]
+        credited = np.zeros(len(first))
+        own = read.columns >= 0
+        credited[_numbers(at)[own]] = shares[read.columns[own]]
+        times = np.bincount(read.grams)[read.grams] if len(read.grams) else read.grams
+        credited += np.bincount(np.repeat(_numbers(at), read.n_grams), shares[read.grams] / times, minlength=len(first))
+        pairs = {f"{read.words[i]} {read.words[i + 1]}": both for i, both in read.pairs.tolist()}
+        return [*first, *pairs], np.concatenate([credited, shares[_numbers(pairs.values())]])
 
     def grams_of(self, word: str) -> tuple[np.ndarray, int]:
         """Columns of a word's known n-grams and the number of unknown ones; remembered, because people use the same words."""
@@ -189,10 +221,6 @@ class TextSpace:
         if idf.shape != (len(terms),):
             raise ConfigError(f"the text features are damaged ({len(terms)} terms, weights of shape {idf.shape}); run `deskroute retrain router`")
         return cls(terms, idf, unknown_idf, word_weight=word_weight, char_weight=char_weight)
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
 
 
 def _numbers(values: Collection[int]) -> np.ndarray:
