@@ -147,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("pretrain", _pretrain, "rebuild the built-in base from the corpus")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the base goes (default: base in the state folder)")
     sub.add_argument("--steps", type=int)
+    sub.add_argument(
+        "--from", dest="start", type=Path, metavar="BASE", help="a base that `pretrain` made, to train on from instead of beginning anew"
+    )
 
     sub = add("bench", _bench, "measure: router, engine, gateway, finetune or mixture")
     sub.add_argument("what", metavar="router|engine|gateway|finetune|mixture")
@@ -380,7 +383,7 @@ def _pretrain(args: argparse.Namespace) -> None:
 
     if args.steps is not None and args.steps < 1:
         raise InputError(f"--steps is {args.steps}; it must be at least 1")
-    pretrain_tracked(_config(args), args.out, args.steps)
+    pretrain_tracked(_config(args), args.out, args.steps, args.start)
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -139,6 +139,8 @@ N_STEPS = (2, 3, 4, 4, 5, 5, 6, 7, 8)
 # Share of made-up words among those exchanged, and of slots that get a made-up value.
 COINED = 0.4
 COINED_SLOTS = 0.25
+# Share of scrambled articles whose steps repeat words of one another, so that the words before no longer tell which step is being read.
+ENTANGLED = 0.5
 # Shares of the kinds of conversation among the composed ones.
 KINDS = {"article": 0.82, "handover": 0.1, "still": 0.05, "thanks": 0.03}
 
@@ -182,7 +184,8 @@ class Composer:
         def swap(text: str) -> str:
             return " ".join(self._other_word(rng) if rng.random() < share and "{" not in w else w for w in text.split())
 
-        steps = tuple(Step(swap(rng.choice(d.steps).say(rng.choice(WORDINGS)))) for d in donors)
+        texts = [swap(rng.choice(d.steps).say(rng.choice(WORDINGS))) for d in donors]
+        steps = tuple(map(Step, _entangled(texts, rng) if rng.random() < ENTANGLED else texts))
         slots = {k: v for d in (article, told, warned, *donors) for k, v in d.slots.items()}
         notes = {persona: swap(warned.notes[persona])} if persona in warned.notes else {}
         return replace(article, subject=swap(told.subject), cause=swap(told.cause), steps=steps, notes=notes, slots=slots, order={})
@@ -289,6 +292,20 @@ LAYOUT = {
     "new_hire": _new_hire,
     NEUTRAL: _neutral,
 }
+
+
+def _entangled(steps: Sequence[str], rng: random.Random) -> list[str]:
+    """The steps, every other one with a few words more that stand in an earlier one, or in itself, too."""
+    done: list[str] = []
+    for step in steps:
+        words = step.split()
+        if rng.random() < 0.5:
+            source = rng.choice([*done, step]).split()
+            first, n = rng.randrange(len(source)), rng.randint(2, 7)
+            place = rng.randint(0, len(words))
+            words[place:place] = source[first : first + n]
+        done.append(" ".join(words))
+    return done
 
 
 def _pick(texts: Sequence[str], values: Mapping[str, str], document: str, rng: random.Random) -> str:

@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,11 @@ class PretrainSettings:
     rows: int = 8
     lr: float = 2e-3
     seed: int = 7
+
+
+# Peak rate where a base is trained on from one that has learnt already.
+LR_ON = 1e-3
+HELD_OUT_SEED = 8
 
 
 @dataclass(frozen=True)
@@ -173,29 +178,35 @@ def copy_start(model: Qwen2ForCausalLM) -> None:
         second.o_proj.weight[own, rows] = 4 * std * basis[head * n : (head + 1) * n].T
 
 
-def pretrain(corpus: Corpus, out: Path, work: Path, settings: PretrainSettings) -> PretrainReport:
+def pretrain(corpus: Corpus, out: Path, work: Path, settings: PretrainSettings, start: Path | None = None) -> PretrainReport:
     """Train tokenizer and base, and write them to `out` in Hugging Face's layout.
 
-    `work` keeps the checkpoint of a run that is cut off; calling again goes on from it. `out` is replaced only when everything is written.
+    start: a base that `pretrain` made, to train on from, with its tokenizer; `settings` are those of trained_on then. `work` keeps the checkpoint of a
+    run that is cut off; calling again goes on from it. `out` is replaced only when everything is written.
     """
+    before = facts_of(start) if start else {}
     composer = Composer(corpus, settings.seed)
     digest = corpus.digest
-    sample = [composer.example(i) for i in range(6000)]
-    texts = [t for e in sample for t in (e.document, e.answer, *(m.content for m in e.messages))]
-    tokenizer = build_tokenizer(texts, settings.vocab)
-    tokenizer.model_max_length = settings.context_tokens
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(settings, tokenizer).to(device)
+    if start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+        model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32).to(device)
+    else:
+        sample = [composer.example(i) for i in range(6000)]
+        texts = [t for e in sample for t in (e.document, e.answer, *(m.content for m in e.messages))]
+        tokenizer = build_tokenizer(texts, settings.vocab)
+        tokenizer.model_max_length = settings.context_tokens
+        model = build_model(settings, tokenizer).to(device)
     history = train(
         model,
         ComposedBatches(composer, tokenizer, settings.steps, settings.rows, longest=settings.context_tokens),
         LoopSettings(lr=settings.lr, weight_decay=0.05, save_every_steps=100, seed=settings.seed),
         pad_id=tokenizer.pad_token_id,
         checkpoint=work / "pretrain.safetensors",
-        identity={"pretrain": asdict(settings), "corpus": digest},
+        identity={"pretrain": asdict(settings), "corpus": digest} | ({"start": before} if start else {}),
         title="pretrain",
     )
-    unseen = Composer(corpus, settings.seed + 1, held_out=True)
+    unseen = Composer(corpus, HELD_OUT_SEED, held_out=True)
     loss = mean_loss(model, [encode(tokenizer, unseen.example(i), settings.context_tokens) for i in range(200)], tokenizer.pad_token_id)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     report = PretrainReport(sum(p.numel() for p in model.parameters()), history, loss, digest, hardware)
@@ -204,13 +215,16 @@ def pretrain(corpus: Corpus, out: Path, work: Path, settings: PretrainSettings) 
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.to("cpu", torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    facts = {"settings": asdict(settings), "parameters": report.parameters, "tokens_seen": history.tokens, "corpus": digest}
+    tokens = history.tokens + before.get("tokens_seen", 0)
+    facts = {"settings": asdict(settings), "parameters": report.parameters, "tokens_seen": tokens, "corpus": digest}
     facts |= {
         "final_loss": sum(history.losses[-50:]) / len(history.losses[-50:]),
         "held_out_loss": loss,
         "hardware": hardware,
         "seconds": round(history.seconds),
     }
+    if start:
+        facts["before"] = before
     (partial / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
@@ -218,20 +232,39 @@ def pretrain(corpus: Corpus, out: Path, work: Path, settings: PretrainSettings) 
     return report
 
 
-def pretrain_tracked(config: Config, out: Path | None, steps: int | None) -> None:
+def trained_on(start: Path, settings: PretrainSettings) -> PretrainSettings:
+    """The settings to train a base on with: of its size, at a lower rate, on examples that it has not seen."""
+    own = PretrainSettings(**facts_of(start)["settings"])
+    return replace(own, steps=settings.steps, rows=settings.rows, lr=LR_ON, seed=own.seed + 2)
+
+
+def facts_of(base: Path) -> dict[str, Any]:
+    """How a base was made. Raises InputError where it is none that `pretrain` made."""
+    try:
+        facts: dict[str, Any] = json.loads((base / "training.json").read_text(encoding="utf-8"))
+        PretrainSettings(**facts["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"--from: {base} is no base that `pretrain` made; give the folder that holds its training.json") from None
+    return facts
+
+
+def pretrain_tracked(config: Config, out: Path | None, steps: int | None, start: Path | None = None) -> None:
     """`deskroute pretrain`: pretrain() with an MLflow run, into `out` or base/ in the state folder."""
     from pipelines import plots
     from pipelines.tracking import PERSONA_EXPERIMENT, Tracker
 
     settings = PretrainSettings() if steps is None else PretrainSettings(steps=steps)
+    if start:
+        settings = trained_on(start, settings)
     corpus = Corpus(config.corpus or CORPUS, tuple(p.id for p in config.catalogue()))
     out = (out or config.state / "base").absolute()
     if out.exists() and not (out.is_dir() and ((out / "training.json").is_file() or not any(out.iterdir()))):
         raise InputError(f"--out: {out} holds something else than a base that `pretrain` made and would be replaced; give another folder")
     tracker = Tracker(config.registry_uri, config.state / "artifacts")
     tags = {"stage": "pretrain", "mlflow.runColor": "#444444"}
-    with tracker.run(PERSONA_EXPERIMENT, "pretrain", tags=tags, params=asdict(settings), description="The built-in base, from scratch.") as run:
-        report = pretrain(corpus, out, config.state / "work", settings)
+    description = f"The base of {start}, trained on." if start else "The built-in base, from scratch."
+    with tracker.run(PERSONA_EXPERIMENT, "pretrain", tags=tags, params=asdict(settings), description=description) as run:
+        report = pretrain(corpus, out, config.state / "work", settings, start)
         run.series({"train/loss": report.history.losses})
         run.metrics({"eval/loss": report.held_out_loss, "train/tokens": report.history.tokens, "train/seconds": report.history.seconds})
         run.figure(plots.losses(report.history.losses, "Pre-training", "#444444", report.held_out_loss), "plots/loss.png")
