@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -142,6 +143,17 @@ def facts(text: str) -> set[str]:
     """Numbers, menu paths, quoted words and names in a text, in lower case; step numbers at the head of a line are none."""
     text = re.sub(r"(?m)^(?:Step )?\d+[.:)]\s", "", text)
     return {m.strip(' ."`').lower() for m in _FACT.findall(text)}
+
+
+def repeats(answer: str, document: str, n: int = 6) -> bool:
+    """Whether an answer says a run of n words more often than its article does, once being always allowed."""
+
+    def runs(text: str) -> Counter[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        return Counter(zip(*(words[i:] for i in range(n)), strict=False))
+
+    there = runs(document)
+    return any(times > max(1, there[run]) for run, times in runs(answer).items())
 
 
 def score_answers(samples: Sequence[Sample], answers: Sequence[Answer]) -> AnswerScores:

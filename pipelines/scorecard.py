@@ -18,7 +18,7 @@ from tqdm import tqdm
 from persona_models.errors import WorkError
 from persona_models.protocol import BASE
 from pipelines.compose import CORPUS
-from pipelines.evaluate import facts
+from pipelines.evaluate import facts, repeats
 from pipelines.local import local_desk
 from pipelines.routing_card import routing_figures, share
 from pipelines.tracking import PERSONA_EXPERIMENT, Tracker
@@ -110,6 +110,8 @@ async def _answers(desk: Desk, card: Scorecard) -> None:
         right = [(s, n) for s, n, r in zip(said, named, rows, strict=True) if s["article"] == r["topic"]]
         card.metrics[f"{prefix}actions_named_right_article"] = share(x for _, n in right for x in n)
         card.metrics[f"{prefix}ends"] = share(s["finish"] == "stop" for s in said)
+        documents = [s.pop("document") for s in said]
+        card.metrics[f"{prefix}repeats"] = share(repeats(s["answer"], d) for s, d in zip(said, documents, strict=True))
         if model == "persona":
             card.metrics["right_article"] = share(s["article"] == r["topic"] for s, r in zip(said, rows, strict=True))
             for r, s, row in zip(rows, said, named, strict=True):
@@ -162,7 +164,8 @@ async def _ask(desk: Desk, rows: Sequence[Mapping[str, Any]], model: str) -> lis
         plan = await desk.begin(request)
         events = [e async for e in desk.answer(request, plan)]
         article = plan.block.sources[0].id if plan.block.sources else ""
-        results.append({"answer": "".join(e.text for e in events), "finish": str(events[-1].finish_reason), "article": article})
+        said = "".join(e.text for e in events)
+        results.append({"answer": said, "finish": str(events[-1].finish_reason), "article": article, "document": plan.parts[0].document})
     return results
 
 
