@@ -12,7 +12,7 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -183,9 +183,16 @@ class Retraining:
             # Another catalogue than the corpus is of, unless the corpus is a company's own as well.
             others = shipped if rows and self.config.corpus is None and set(shipped) != set(self.catalogue) else ()
             report = train_router(
-                self.corpus.folder, work / "artefact", tuple(self.catalogue), seed, prompts=rows, own_personas=others, encoder=self.encoder
+                self.corpus.folder,
+                work / "artefact",
+                tuple(self.catalogue),
+                seed,
+                prompts=rows,
+                own_personas=others,
+                encoder=self.encoder,
+                rival=self._registered(ROUTER_MODEL),
             )
-            metrics = {f"slice/{k[6:]}" if k.startswith("slice_") else f"eval/{k}": float(v) for k, v in report.metrics.items()}
+            metrics = _named(report.metrics)
             run.figure(plots.confusion(report.confusion, report.personas, "Persona, held-out authors"), "plots/confusion.png")
             bins = report.reliability
             run.figure(
@@ -198,8 +205,7 @@ class Retraining:
                 run.table({k: [str(e.get(k, "")) for e in report.errors] for k in ("kind", "text", "is", "got", "confidence")}, "errors.json")
             run.table({"topic": [c[0] for c in report.retrieval_confusions], "found": [c[1] for c in report.retrieval_confusions],
                        "times": [c[2] for c in report.retrieval_confusions]}, "retrieval_confusions.json")  # fmt: skip
-            champion = self.registry.aliases(ROUTER_MODEL).get(CHAMPION)
-            rivals = {CHAMPION: self.registry.versions(ROUTER_MODEL)[champion].metrics} if champion else {}
+            rivals = {CHAMPION: _named(report.rival)} if report.rival else {}
             outcome = Outcome("router", "", False, faults(self.gates.router, metrics, rivals), metrics, rivals, adapter=work / "artefact")
             self._register(run, work / "artefact", outcome, "Persona classifier, in-domain score and knowledge index.")
             self._promote("router", outcome, promote)
@@ -279,19 +285,21 @@ class Retraining:
 
     def folder_in_force(self, persona: str) -> Path | None:
         """The adapter that serving would use: the registry's champion, else the one that ships; None where neither fits this base."""
-        finders: list[Callable[[], Path | None]] = [lambda: self._registered(persona), lambda: builtin_adapter(persona)]
-        for find in finders:
+        for folder in (self._registered(model_name(persona)), builtin_adapter(persona)):
             try:
-                folder = find()
                 if folder:
                     read_adapter(folder, self.base)
                     return folder
-            except (AdapterError, RegistryError):
+            except AdapterError:
                 continue
         return None
 
-    def _registered(self, persona: str) -> Path | None:
-        found = self.registry.fetch(model_name(persona))
+    def _registered(self, model: str) -> Path | None:
+        """The champion's folder; None where there is none, or one that is not what was registered."""
+        try:
+            found = self.registry.fetch(model)
+        except RegistryError:
+            return None
         return found.folder if found else None
 
     def _log_data(self, run: Run, dataset: Dataset) -> tuple[str, str]:
@@ -351,3 +359,8 @@ def export(folder: Path, out: Path) -> None:
     shutil.copytree(folder, partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
+
+
+def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A router's metrics by the names they are logged under."""
+    return {f"slice/{k[6:]}" if k.startswith("slice_") else f"eval/{k}": float(v) for k, v in metrics.items()}

@@ -38,6 +38,7 @@ class RouterReport:
     retrieval_confusions: list[tuple[str, str, int]]  # topic, article found instead, how often
     errors: list[dict[str, Any]]
     coverage: list[tuple[float, float]] = field(default_factory=list)  # (share decided, accuracy), the surest first
+    rival: dict[str, float] | None = None  # the metrics of another router on the same held-out voices
 
 
 def measure(data: RouterData, classifier: PersonaClassifier, knowledge: KnowledgeBase, asked: Sequence[Labelled] | None = None) -> RouterReport:

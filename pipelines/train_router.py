@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from persona_models.encoder import SentenceEncoder
-from persona_models.errors import WorkError
+from persona_models.errors import ConfigError, WorkError
 from pipelines.router_corpus import FOLDS, Labelled, RouterData, Titles, folds, read_router_corpus, seen
 from pipelines.router_report import RouterReport, measure
 from pipelines.train_knowledge import fit_knowledge
@@ -56,11 +56,13 @@ def train_router(
     prompts: Sequence[Labelled] = (),
     own_personas: Sequence[str] = (),
     encoder: SentenceEncoder | None = None,
+    rival: Path | None = None,
 ) -> RouterReport:
     """Train, measure on the held-out voices, and put the artefact in place of what `out_dir` held.
 
     prompts: labelled ones of a company; own_personas: those that the corpus is of, where they are others than `personas`: the prompts alone then tell
-    the labels apart, while the corpus still says what is a request and which article it needs; encoder: its vectors are features of a text as well.
+    the labels apart, while the corpus still says what is a request and which article it needs; encoder: its vectors are features of a text as well;
+    rival: the artefact of another router, to be measured on the same held-out voices.
 
     The new folder appears whole or not at all; its manifest.json lists the digest of every file. Raises WorkError for a corpus that cannot be
     trained on.
@@ -70,8 +72,21 @@ def train_router(
     about = _with_prompts(data, prompts, same=not own_personas) if prompts else data
     classifier = fit_classifier(about, personas, seed, encoder)
     report = measure(about, classifier, knowledge, data.prompts)
+    other = _measure_rival(rival, about, data.prompts, personas, encoder) if rival else None
     version = _write(out_dir, classifier, knowledge, report.metrics)
-    return replace(report, version=version)
+    return replace(report, version=version, rival=other)
+
+
+def _measure_rival(
+    folder: Path, data: RouterData, asked: Sequence[Labelled], personas: Sequence[str], encoder: SentenceEncoder | None
+) -> dict[str, float] | None:
+    """The metrics of a router that was trained before; None where it is of other personas, another encoder or another format: no rival."""
+    try:
+        classifier = PersonaClassifier.load(folder, personas, encoder.name if encoder else None)
+        knowledge = KnowledgeBase.load(folder)
+    except ConfigError:
+        return None
+    return measure(data, classifier, knowledge, asked).metrics
 
 
 def _with_prompts(data: RouterData, prompts: Sequence[Labelled], *, same: bool) -> RouterData:

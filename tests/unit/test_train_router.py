@@ -10,7 +10,7 @@ from unit.corpora import PERSONAS, TROUBLE, write_corpus, write_rows
 from persona_models.errors import WorkError
 from pipelines import train_knowledge
 from pipelines import train_router as module
-from pipelines.router_corpus import Titles, folds, read_router_corpus
+from pipelines.router_corpus import Labelled, Titles, folds, read_router_corpus
 from pipelines.train_router import _profiles, fit_classifier, train_router
 from router.classifier import MANIFEST, PersonaClassifier
 from router.knowledge import Calibration, KnowledgeBase
@@ -37,6 +37,22 @@ def test_corpus_is_read_with_topics_profiles_and_kinds(corpus):
     assert sum(r.held_out for r in data.prompts) == 36
     assert data.personal[0].profile == Profile("Director", "", 0, "Lyon")
     assert {r.kind for r in data.out_of_domain} == {"smalltalk"}
+
+
+def test_a_rival_is_measured_on_the_same_held_out_voices(corpus, trained, tmp_path):
+    folder, before = trained
+    report = train_router(corpus, tmp_path / "again", PERSONAS, seed=2, rival=folder)
+    # Times differ from one run to the next.
+    steady = [name for name in before.metrics if not name.endswith("_ms")]
+    assert {n: report.rival[n] for n in steady} == {n: before.metrics[n] for n in steady}
+    assert before.rival is None
+
+
+def test_a_router_of_other_labels_is_no_rival(corpus, trained, tmp_path):
+    labels = ("vpn", "printer", "password")
+    rows = [Labelled(f"{text} {i}", voice=f"v{i}", persona=topic) for topic, texts in TROUBLE.items() for text in texts for i in range(8)]
+    report = train_router(corpus, tmp_path / "out", labels, prompts=rows, own_personas=PERSONAS, rival=trained[0])
+    assert report.rival is None
 
 
 def test_router_files_may_be_missing(tmp_path):
