@@ -190,6 +190,9 @@ def pretrain(corpus: Corpus, out: Path, work: Path, settings: PretrainSettings, 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if start:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+        # How it was loaded is not part of it.
+        for key in ("is_local", "local_files_only"):
+            tokenizer.init_kwargs.pop(key, None)
         model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32).to(device)
     else:
         sample = [composer.example(i) for i in range(6000)]

@@ -32,7 +32,8 @@ def first(corpus, tmp_path_factory):
 def test_training_on_begins_with_the_weights_and_the_tokenizer_of_the_base_before(corpus, first, tmp_path):
     settings = trained_on(first, PretrainSettings(steps=3, rows=2))
     report = pretrain(corpus, tmp_path / "base", tmp_path / "work", settings, first)
-    assert (tmp_path / "base" / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "base" / name).read_bytes() == (first / name).read_bytes()
     model = AutoModelForCausalLM.from_pretrained(first, dtype=torch.float32)
     with torch.no_grad():
         batch = ComposedBatches(Composer(corpus, settings.seed), AutoTokenizer.from_pretrained(first), 3, 2).batch(0)
