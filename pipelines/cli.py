@@ -147,9 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("pretrain", _pretrain, "rebuild the built-in base from the corpus")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the base goes (default: base in the state folder)")
     sub.add_argument("--steps", type=int)
-    sub.add_argument(
-        "--from", dest="start", type=Path, metavar="BASE", help="a base that `pretrain` made, to train on from instead of beginning anew"
-    )
+    sub.add_argument("--from", dest="start", type=Path, metavar="BASE", help="train on from this base, which `pretrain` made")
 
     sub = add("bench", _bench, "measure: router, engine, gateway, finetune or mixture")
     sub.add_argument("what", metavar="router|engine|gateway|finetune|mixture")

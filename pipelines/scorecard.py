@@ -136,7 +136,7 @@ async def _ground(desk: Desk, card: Scorecard) -> None:
         if s["article"] != r["topic"]:
             continue
         article = by_id[r["topic"]]
-        document = article.render(r["persona"], values=desk.values)
+        document = s["document"]
         steps = article.steps_for(r["persona"])
         shown = [st for st in document.splitlines() if st[:1].isdigit()][: {"leadership": 3, "field": 4}.get(r["persona"], len(steps))]
         need = set().union(*(facts(line.split(". ", 1)[1]) for line in shown)) if shown else set()
