@@ -36,6 +36,7 @@ class Answer:
     gate: dict[str, float] = field(default_factory=dict)  # slot name -> weight
     versions: dict[str, str] = field(default_factory=dict)
     fed: int = 0  # prompt tokens that the model has seen
+    recalled: int = 0  # of these, tokens whose keys and values were still known
     tokens: list[int] = field(default_factory=list)
     cancelled: bool = False
     _seen_after: dict[tuple[int, ...], set[int]] = field(default_factory=dict)  # see _followed
@@ -76,7 +77,7 @@ class Answer:
         self.cancelled = self.cancelled or ended is not None
         if not (text or ended or logprobs):
             return None
-        return TokenEvent(text, len(self.tokens), len(self.prompt), ended, self.versions, logprobs)
+        return TokenEvent(text, len(self.tokens), len(self.prompt), ended, self.versions, logprobs, self.recalled)
 
     def _logprob(self, logits: Tensor, token: int, top: int) -> TokenLogprob:
         own, best = sampling.log_probabilities(logits, token, top)

@@ -21,7 +21,9 @@ ATTENTION = ("full_attention", "sliding_attention")
 
 
 class Decoder(Protocol):
-    """Rows 0 to n - 1 are in flight; call it from one thread."""
+    """Rows 0 to n - 1 are in flight; call it from one thread. `cache` holds their keys and values."""
+
+    cache: RowCache
 
     def open(self, row: int, gate: Mapping[str, float]) -> None:
         """Give a free row its adapters, slot name -> weight, and forget what it held before."""

@@ -49,6 +49,7 @@ class PersonaPool:
         registry_uri: str,
         state: Path,
         merge: bool = False,
+        prefix_mb: int = 256,
         since_ms: int = 0,
     ) -> None:
         self._notes: dict[str, str] = {}
@@ -68,7 +69,9 @@ class PersonaPool:
         torch.set_num_threads(1)
         loaded = load_base(base, device="cuda" if gpu else "cpu", dtype=dtype)
         merged = personas[0] if merge and len(personas) == 1 else None
-        self.engine = PersonaEngine(loaded, manners=manners, max_rows=rows, max_queue=queue, merged=merged, threads=threads)
+        self.engine = PersonaEngine(
+            loaded, manners=manners, max_rows=rows, max_queue=queue, merged=merged, prefix_mb=prefix_mb, threads=threads
+        )
         registry = RegistryReader(registry_uri, state / "cache")
         self._versions = Versions(self.engine, loaded, personas, registry)
         lineup, note = read_lineup(registry, personas, state, since_ms=since_ms)

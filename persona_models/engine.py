@@ -26,6 +26,7 @@ from persona_models.base_model import BaseModel
 from persona_models.decoder import make_decoder
 from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
 from persona_models.gated_lora import LoraBank, Merge
+from persona_models.prefixes import Prefixes
 from persona_models.prompt import fit_prompt
 from persona_models.protocol import EngineStatus, GenerateRequest, TokenEvent
 from persona_models.slots import AdapterSlots
@@ -52,7 +53,8 @@ class PersonaEngine:
     """An Engine over a loaded base.
 
     manners: the personas' system prompts, for bases that read system messages. merged: the one persona of a dedicated engine, whose adapter is added to
-    the base's own weights instead of gated beside them; the engine then answers for nobody else. threads: torch threads of the model's thread on a
+    the base's own weights instead of gated beside them; the engine then answers for nobody else. prefix_mb: megabytes of keys and values that are kept
+    of prompts already read, for those that begin alike; 0: none. threads: torch threads of the model's thread on a
     CPU, by default as many as of the caller's. While another thread of the process keeps OpenMP threads of its own, GNU's OpenMP waits by sleeping and
     not by spinning, and a step takes three times as long: load a model with `torch.set_num_threads(1)` where it is to be served.
     """
@@ -65,6 +67,7 @@ class PersonaEngine:
         max_rows: int = 16,
         max_queue: int = 64,
         merged: str | None = None,
+        prefix_mb: int = 256,
         threads: int | None = None,
     ) -> None:
         self.base = base
@@ -72,7 +75,8 @@ class PersonaEngine:
         self.max_rows, self.max_queue, self.merged = max_rows, max_queue, merged
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
-        self._decoder = make_decoder(base.model, self._bank, max_rows, base.context_tokens)
+        self._prefix_bytes = prefix_mb * 2**20
+        self._make_decoder()
         self._slots = AdapterSlots(self._bank)
         # Of a dedicated engine, which has no slots: the persona's one version.
         self._merged_version: dict[str, str] = {}
@@ -287,12 +291,16 @@ class PersonaEngine:
             except Exception as e:
                 work.done.set_exception(e)
 
+    def _make_decoder(self) -> None:
+        self._decoder = make_decoder(self.base.model, self._bank, self.max_rows, self.base.context_tokens)
+        self._prefixes = Prefixes(self._decoder.cache, self._prefix_bytes)
+
     def _load(self, persona: str, adapter: Adapter, version: str, current: bool) -> None:
         if self._merge:
             if not current:
                 raise WorkError(f"the pool of {persona!r} has its adapter merged into the base and holds one version at a time")
             self._merge.apply(adapter.factors)
-            self._decoder = make_decoder(self.base.model, self._bank, self.max_rows, self.base.context_tokens)
+            self._make_decoder()
             self._merged_version[persona] = version
         else:
             self._slots.load(persona, adapter, version, current=current)
@@ -315,7 +323,9 @@ class PersonaEngine:
             row.versions = dict(self._merged_version)
         else:
             row.versions, row.gate = self._slots.take(row.request.gate, row.request.versions)
-        self._decoder.open(len(self._rows), row.gate)
+        place = len(self._rows)
+        self._decoder.open(place, row.gate)
+        row.fed = row.recalled = self._prefixes.recall(place, row.gate, row.prompt)
         self._rows.append(row)
 
     @property
@@ -337,6 +347,7 @@ class PersonaEngine:
             return
         row.fed += len(chunk)
         if row.fed == len(row.prompt):
+            self._prefixes.keep(place, row.gate, row.prompt)
             self._take_all([row], logits[None])
 
     def _step(self) -> None:
@@ -365,6 +376,8 @@ class PersonaEngine:
     def _drop(self, place: int) -> None:
         """Free a row. The last one takes its place; where that one still reads its prompt it must stay last, and the one before it moves first."""
         row, last = self._rows[place], len(self._rows) - 1
+        # The conversation's next turn begins with this one and its answer.
+        self._prefixes.keep(place, row.gate, row.prompt[: row.fed] + row.tokens)
         for gap in [last - 1, last] if self._reading and place < last - 1 else [last]:
             if place != gap:
                 self._decoder.move(gap, place)

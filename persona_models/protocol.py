@@ -70,7 +70,7 @@ class TokenEvent:
 
     text may be empty: a token can end inside a character, or inside what may become a stop string. The last event carries finish_reason;
     versions (persona id -> "builtin" or registry version) is on every event and does not change within one answer. logprobs are those of the
-    tokens since the last event, where the request asked for them.
+    tokens since the last event, where the request asked for them. cached_tokens: how many of the prompt's tokens did not have to be read again.
     """
 
     text: str
@@ -79,6 +79,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

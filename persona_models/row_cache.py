@@ -90,6 +90,22 @@ class RowCache:
         self.mask[row, ..., start : start + tokens] = 0.0
         return start
 
+    @property
+    def alike(self) -> bool:
+        """Whether all layers were written to and hold keys and values of one shape, so that `read` and `fill` can be used."""
+        shapes = {None if states is None else states.shape for states in (*self.keys, *self.values)}
+        return len(shapes) == 1 and None not in shapes
+
+    def read(self, row: int, start: int, end: int) -> Tensor:
+        """A copy of a row's columns: (2 layers, H, end - start, D), keys and values in turn."""
+        return torch.stack([kind[row, :, start:end] for i in range(len(self.keys)) for kind in self.layer(i)])
+
+    def fill(self, row: int, states: Tensor) -> None:
+        """Append to a row what `read` gave."""
+        start = self.grow(row, states.shape[2])
+        for layer in range(len(self.keys)):
+            self.put_chunk(layer, row, start, states[2 * layer], states[2 * layer + 1])
+
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer that was written to, (rows, H, C, D) each."""
         k, v = self.keys[layer], self.values[layer]

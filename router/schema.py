@@ -190,8 +190,14 @@ def completion_id(request_id: str) -> str:
     return f"chatcmpl-{request_id}"
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}
+def usage(last: TokenEvent) -> dict[str, Any]:
+    """What an answer with this last event took, in OpenAI's shape."""
+    return {
+        "prompt_tokens": last.prompt_tokens,
+        "completion_tokens": last.completion_tokens,
+        "total_tokens": last.prompt_tokens + last.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": last.cached_tokens},
+    }
 
 
 def logprobs_block(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
@@ -220,7 +226,7 @@ def completion(block: DeskrouteBlock, model: str, text: str, last: TokenEvent, l
                 "finish_reason": last.finish_reason or "stop",
             }
         ],
-        "usage": usage(last.prompt_tokens, last.completion_tokens),
+        "usage": usage(last),
         "deskroute": block.model_dump(),
     }
 

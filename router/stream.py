@@ -37,7 +37,7 @@ async def server_sent_events(events: AsyncGenerator[TokenEvent], block: Deskrout
                 yield _event({**head, "choices": [_choice({"content": last.text}, None, last.logprobs)]})
         yield _event({**head, "choices": [_choice({}, last.finish_reason)]})
         if include_usage:
-            yield _event({**head, "choices": [], "usage": usage(last.prompt_tokens, last.completion_tokens)})
+            yield _event({**head, "choices": [], "usage": usage(last)})
     except DeskrouteError as e:
         yield _event(error_body(e))
     finally:
@@ -79,7 +79,8 @@ async def in_turn(answers: Sequence[AsyncGenerator[TokenEvent]]) -> AsyncGenerat
                 raise head
         firsts = [head for head in heads if isinstance(head, TokenEvent)]
         versions = {p: v for first in firsts for p, v in first.versions.items()}
-        prompt_tokens, tokens, reason = sum(first.prompt_tokens for first in firsts), 0, None
+        prompt_tokens, cached = sum(first.prompt_tokens for first in firsts), sum(first.cached_tokens for first in firsts)
+        tokens, reason = 0, None
         for n, (event, queue) in enumerate(zip(heads, queues, strict=True)):
             last_part, spent = n == len(queues) - 1, 0
             while event is not None:
@@ -96,6 +97,7 @@ async def in_turn(answers: Sequence[AsyncGenerator[TokenEvent]]) -> AsyncGenerat
                     prompt_tokens=prompt_tokens,
                     finish_reason=reason if ended and last_part else None,
                     versions=versions,
+                    cached_tokens=cached,
                 )
                 event = await queue.get()
             tokens += spent
