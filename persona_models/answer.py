@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,15 @@ class Answer:
     def _logprob(self, logits: Tensor, token: int, top: int) -> TokenLogprob:
         own, best = sampling.log_probabilities(logits, token, top)
         return TokenLogprob(self.tokenizer.decode([token]), own, tuple((self.tokenizer.decode([i]), p) for i, p in best))
+
+
+def joined(events: Sequence[Outcome]) -> list[Outcome]:
+    """The events of one answer as few as can be: one of all tokens, and an error behind it."""
+    tokens = [e for e in events if isinstance(e, TokenEvent)]
+    errors: list[Outcome] = [e for e in events if isinstance(e, BaseException)]
+    if len(tokens) < 2:
+        return [*tokens, *errors]
+    return [replace(tokens[-1], text="".join(e.text for e in tokens), logprobs=tuple(p for e in tokens for p in e.logprobs)), *errors]
 
 
 def check_request(request: GenerateRequest, vocabulary: int) -> None:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from persona_models import sampling
 from persona_models.adapters import Adapter
-from persona_models.answer import Answer, Outcome, check_request
+from persona_models.answer import Answer, Outcome, check_request, joined
 from persona_models.base_model import BaseModel
 from persona_models.decoder import make_decoder
 from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
@@ -170,20 +170,16 @@ class PersonaEngine:
             self._wake.notify()
         try:
             while True:
-                event = await row.events.get()
+                events = [await row.events.get()]
                 # A reader slower than the model gets several tokens at once, not a growing backlog.
-                while not (isinstance(event, BaseException) or event.finish_reason or row.events.empty()):
-                    further = row.events.get_nowait()
-                    if isinstance(further, BaseException):
-                        yield event
-                        event = further
-                    else:
-                        event = replace(further, text=event.text + further.text, logprobs=event.logprobs + further.logprobs)
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-                if event.finish_reason:
-                    return
+                while not row.events.empty():
+                    events.append(row.events.get_nowait())
+                for event in joined(events):
+                    if isinstance(event, BaseException):
+                        raise event
+                    yield event
+                    if event.finish_reason:
+                        return
         finally:
             row.cancelled = True
 
@@ -253,8 +249,7 @@ class PersonaEngine:
                     self._admit()
                     self._feed()
                     self._step()
-                    if self._due():
-                        self._flush()
+                    self._send()
         except Exception as e:  # a fault of the model ends every row with an error, never silently
             self._broken = f"the model stopped: {type(e).__name__}: {e}"
         gone = WorkError(self._broken) if self._broken else NotReadyError(CLOSING)
@@ -387,23 +382,29 @@ class PersonaEngine:
         self._rows.pop()
         self._slots.give_back(row.gate)
 
-    def _due(self) -> bool:
-        """Whether events should leave now: after a while, and at once where an answer begins or ends, or nothing else is being made."""
-        if time.monotonic() - self._last_sent_s >= max(SEND_EVERY_S, len(self._rows) / MAX_EVENTS_PER_S) or not self._rows:
-            return True
-        return any(isinstance(e, BaseException) or e.finish_reason or e.completion_tokens == 1 for _, e in self._sent)
+    def _send(self) -> None:
+        """Hand over the events of the last steps that are due: all of them after a while, or where nothing else is being made; at once those of the
+        rows whose answers begin or end."""
+        now = time.monotonic()
+        if not self._rows or now - self._last_sent_s >= max(SEND_EVERY_S, len(self._rows) / MAX_EVENTS_PER_S):
+            self._last_sent_s = now
+            self._flush()
+        elif at_once := {row for row, e in self._sent if isinstance(e, BaseException) or e.finish_reason or e.completion_tokens == 1}:
+            later = [(row, e) for row, e in self._sent if row not in at_once]
+            self._sent = [(row, e) for row, e in self._sent if row in at_once]
+            self._flush()
+            self._sent = later
 
     def _flush(self) -> None:
-        """Hand the events of the last steps over, in one call for each event loop."""
-        self._last_sent_s = time.monotonic()
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Answer, Outcome]]] = {}
+        """Hand over all events, those of a row as one, in one call for each event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, dict[Answer, list[Outcome]]] = {}
         for row, event in self._sent:
-            by_loop.setdefault(row.loop, []).append((row, event))
-        self._sent.clear()
+            by_loop.setdefault(row.loop, {}).setdefault(row, []).append(event)
+        self._sent = []
         for loop, sent in by_loop.items():
             # The caller's loop may be gone with the caller; then nobody waits for the event.
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_deliver, sent)
+                loop.call_soon_threadsafe(_deliver, [(row, event) for row, events in sent.items() for event in joined(events)])
 
 
 def _deliver(sent: list[tuple[Answer, Outcome]]) -> None:
