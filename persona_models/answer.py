@@ -13,6 +13,7 @@ from torch import Tensor
 
 from persona_models import sampling
 from persona_models.errors import InputError
+from persona_models.lookup import Lookup
 from persona_models.protocol import FinishReason, GenerateRequest, TokenEvent, TokenLogprob
 
 MAX_STOPS, MAX_STOP_CHARS = 16, 200
@@ -32,6 +33,7 @@ class Answer:
     stop_ids: frozenset[int]
     loop: asyncio.AbstractEventLoop
     random: torch.Generator | None
+    lookup: Lookup
     events: asyncio.Queue[Outcome] = field(default_factory=asyncio.Queue)
     gate: dict[str, float] = field(default_factory=dict)  # slot name -> weight
     versions: dict[str, str] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Answer:
             token = sampling.choose(logits, request, self.random, so_far=len(self.tokens), stop_ids=tuple(self.stop_ids), banned=banned)
         banned.add(token)
         self.tokens.append(token)
+        self.lookup.extend([token])
         ended: FinishReason | None = None
         piece = ""
         if token in self.stop_ids:

@@ -33,8 +33,8 @@ class Decoder(Protocol):
         """Append tokens to a row; returns the next-token logits of the last one, (V,)."""
         ...
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Feed the first n rows their last tokens; returns next-token logits (n, V)."""
+    def step(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Feed the first n rows T tokens each; returns the logits of what follows every one of them, (n, T, V)."""
         ...
 
     def move(self, source: int, target: int) -> None:
@@ -58,7 +58,7 @@ class TransformersDecoder:
     """See Decoder."""
 
     def __init__(self, model: Any, bank: LoraBank, rows: int, limit: int) -> None:
-        self.model, self.bank = model, bank
+        self.model, self.bank, self.limit = model, bank, limit
         self.device = model.device
         self.cache = RowCache(model.config.num_hidden_layers, rows, limit, model.dtype, model.device)
         self.shown = TransformersCache(self.cache)
@@ -83,15 +83,14 @@ class TransformersDecoder:
         self.shown.chunk(row, start)
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
         mask = chunk_mask(start, len(ids), self.cache.dtype, self.device)
-        return self._forward(torch.tensor([ids], device=self.device), positions, mask, self.bank.open([self.gates[row]]))[0]
+        return self._forward(torch.tensor([ids], device=self.device), positions, mask, self.bank.open([self.gates[row]]), last=1)[0, -1]
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
+    def step(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         n = len(tokens)
-        self.cache.reserve(max(self.cache.lengths[:n]) + 1)
-        at = self.cache.next_columns(n)
+        at, mask = self.cache.next_columns(n, len(tokens[0]))
         self.shown.next_tokens(at)
-        mask = self.cache.mask[:n, :, :, : max(self.cache.lengths[:n])]
-        return self._forward(torch.tensor(tokens, device=self.device)[:, None], at[:, None], mask, self._open(self.gates[:n]))
+        # Tokens tried beyond the end of the context come to nothing, but a table of positions must not be asked for them.
+        return self._forward(torch.tensor(tokens, device=self.device), at.clamp(max=self.limit - 1), mask, self._open(self.gates[:n]))
 
     def _open(self, gates: list[Mapping[str, float]]) -> Tensor | None:
         """The gate of a batch, made anew only where rows or slots changed."""
@@ -99,8 +98,8 @@ class TransformersDecoder:
             self._gate = (gates, self.bank.rank, self.bank.open(gates))
         return self._gate[2]
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, gate: Tensor | None) -> Tensor:
-        """(B, T) tokens at positions (B, T), looking where mask (B, 1, T, C) is 0 -> logits of the last ones, (B, V)."""
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, gate: Tensor | None, last: int = 0) -> Tensor:
+        """(B, T) tokens at positions (B, T), looking where mask (B, 1, T, C) is 0 -> logits of the last ones, 0 for all, (B, last, V)."""
         self.bank.gate.rows = gate
         out = self.model(
             input_ids=ids,
@@ -108,9 +107,9 @@ class TransformersDecoder:
             attention_mask=self._masks(mask, positions),
             past_key_values=self.shown,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
-        logits: Tensor = out.logits[:, -1]
+        logits: Tensor = out.logits
         return logits
 
     def _masks(self, mask: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:

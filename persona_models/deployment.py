@@ -50,6 +50,7 @@ class PersonaPool:
         state: Path,
         merge: bool = False,
         prefix_mb: int = 256,
+        guess: bool = True,
         since_ms: int = 0,
     ) -> None:
         self._notes: dict[str, str] = {}
@@ -70,7 +71,7 @@ class PersonaPool:
         loaded = load_base(base, device="cuda" if gpu else "cpu", dtype=dtype)
         merged = personas[0] if merge and len(personas) == 1 else None
         self.engine = PersonaEngine(
-            loaded, manners=manners, max_rows=rows, max_queue=queue, merged=merged, prefix_mb=prefix_mb, threads=threads
+            loaded, manners=manners, max_rows=rows, max_queue=queue, merged=merged, prefix_mb=prefix_mb, guess=guess, threads=threads
         )
         registry = RegistryReader(registry_uri, state / "cache")
         self._versions = Versions(self.engine, loaded, personas, registry)

@@ -26,6 +26,7 @@ from persona_models.base_model import BaseModel
 from persona_models.decoder import make_decoder
 from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
 from persona_models.gated_lora import LoraBank, Merge
+from persona_models.lookup import Lookup
 from persona_models.prefixes import Prefixes
 from persona_models.prompt import fit_prompt
 from persona_models.protocol import EngineStatus, GenerateRequest, TokenEvent
@@ -33,6 +34,10 @@ from persona_models.slots import AdapterSlots
 
 # Prompt tokens between two decode steps: on a CPU about as long as ten of them.
 CHUNK_TOKENS = 256
+# How many tokens of each row are guessed in a step, by the rows there are, and the share of rows that must have a guess: a token that is tried costs
+# as much as one of a prompt, and the more rows, the less of a step's time is the same without it.
+GUESSES = ((2, 7), (8, 5), (32, 3), (1_000_000, 2))
+GUESSING = 0.5
 # Events leave together, at most this often and at most so many a second of all rows: every one costs a wake-up here, a hop between processes and a
 # write to a client, and with one a token a small model on two cores would spend more time on them than on its answers.
 SEND_EVERY_S = 0.01
@@ -54,7 +59,7 @@ class PersonaEngine:
 
     manners: the personas' system prompts, for bases that read system messages. merged: the one persona of a dedicated engine, whose adapter is added to
     the base's own weights instead of gated beside them; the engine then answers for nobody else. prefix_mb: megabytes of keys and values that are kept
-    of prompts already read, for those that begin alike; 0: none. threads: torch threads of the model's thread on a
+    of prompts already read, for those that begin alike; 0: none. guess: whether several tokens are tried in one step, see lookup.py. threads: torch threads of the model's thread on a
     CPU, by default as many as of the caller's. While another thread of the process keeps OpenMP threads of its own, GNU's OpenMP waits by sleeping and
     not by spinning, and a step takes three times as long: load a model with `torch.set_num_threads(1)` where it is to be served.
     """
@@ -68,11 +73,13 @@ class PersonaEngine:
         max_queue: int = 64,
         merged: str | None = None,
         prefix_mb: int = 256,
+        guess: bool = True,
         threads: int | None = None,
     ) -> None:
         self.base = base
         self.manners = dict(manners or {})
         self.max_rows, self.max_queue, self.merged = max_rows, max_queue, merged
+        self._guess = guess
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
         self._prefix_bytes = prefix_mb * 2**20
@@ -234,7 +241,7 @@ class PersonaEngine:
         )
         room = min(request.max_tokens, self.base.context_tokens - len(prompt))
         random = sampling.generator(request, self.base.device)
-        return Answer(request, prompt, room, self.base.tokenizer, self.base.stop_ids, loop, random)
+        return Answer(request, prompt, room, self.base.tokenizer, self.base.stop_ids, loop, random, Lookup(prompt))
 
     # -- the model's thread ---------------------------------------------------------------------------------------------------------------
 
@@ -268,7 +275,7 @@ class PersonaEngine:
         """Let the libraries set themselves up before the first request, which would wait for it."""
         self._decoder.open(0, {})
         self._decoder.prefill(0, [0, 0])
-        self._decoder.step([0])
+        self._decoder.step([[0]])
         self._decoder.close(0)
 
     def _wait(self) -> bool:
@@ -343,25 +350,48 @@ class PersonaEngine:
         row.fed += len(chunk)
         if row.fed == len(row.prompt):
             self._prefixes.keep(place, row.gate, row.prompt)
-            self._take_all([row], logits[None])
+            self._take(row, logits[None], logits[None].argmax(-1).tolist(), [])
+            self._drop_cancelled()
 
     def _step(self) -> None:
         rows = self._rows[:-1] if self._reading else self._rows
-        if rows:
-            self._take_all(rows, self._decoder.step([r.tokens[-1] for r in rows]))
-
-    def _take_all(self, rows: list[Answer], logits: Tensor) -> None:
-        """Sample the next token of every row from logits (n, V); a fault of one row ends that row, not the batch."""
+        if not rows:
+            return
+        guesses = self._guesses(rows)
+        lengths = self._decoder.cache.lengths[: len(rows)]
+        logits = self._decoder.step([[row.tokens[-1], *guess] for row, guess in zip(rows, guesses, strict=True)])
         likeliest = logits.argmax(-1).tolist()
         for i, row in enumerate(rows):
-            try:
-                event = row.take(logits[i], likeliest[i])
+            taken = self._take(row, logits[i], likeliest[i], guesses[i])
+            self._decoder.cache.cut(i, lengths[i] + taken)
+        self._drop_cancelled()
+
+    def _guesses(self, rows: list[Answer]) -> list[list[int]]:
+        """Tokens to try behind the last one of every row, as many for each: where few rows have a guess, none, else anything for the others."""
+        most = next(guesses for n, guesses in GUESSES if len(rows) <= n) if self._guess else 0
+        found = [row.lookup.guess(most) for row in rows] if most else []
+        enough = sorted((len(guess) for guess in found), reverse=True)[int(GUESSING * (len(rows) - 1))] if found else 0
+        return [(guess + [0] * enough)[:enough] for guess in found] or [[]] * len(rows)
+
+    def _take(self, row: Answer, logits: Tensor, likeliest: list[int], guess: list[int]) -> int:
+        """Choose a row's next tokens from logits (T, V) of what follows its last token and each of T - 1 guesses; returns how many are chosen.
+
+        A token behind a guess counts only where the guess is what was chosen. A fault of one row ends that row, not the batch.
+        """
+        taken = 0
+        try:
+            while True:
+                event = row.take(logits[taken], likeliest[taken])
                 if event:
                     self._sent.append((row, event))
-            except Exception as e:
-                self._sent.append((row, WorkError(f"sampling failed: {type(e).__name__}: {e}")))
-                row.cancelled = True
-        self._drop_cancelled()
+                taken += 1
+                if row.cancelled or taken > len(guess) or row.tokens[-1] != guess[taken - 1]:
+                    break
+        except Exception as e:
+            self._sent.append((row, WorkError(f"sampling failed: {type(e).__name__}: {e}")))
+            row.cancelled = True
+        row.lookup.judge(len(guess), taken - 1)
+        return taken
 
     def _drop_cancelled(self) -> None:
         for place in reversed(range(len(self._rows))):

@@ -13,22 +13,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# Columns come in blocks of this many tokens.
-BLOCK = 256
+# Columns come in blocks of this many tokens; some are kept beyond the longest row, for tokens that are tried and taken back.
+BLOCK, SPARE = 256, 16
 
 
 class RowCache:
-    """Per layer keys and values of (rows, H, C, D), H key-value heads of size D over C columns; C doubles until `limit`."""
+    """Per layer keys and values of (rows, H, C, D), H key-value heads of size D over C columns; C doubles until rows of `limit` tokens fit."""
 
     def __init__(self, layers: int, rows: int, limit: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows, self.limit, self.dtype, self.device = rows, limit, dtype, device
+        self.rows, self.limit, self.dtype, self.device = rows, limit + SPARE, dtype, device
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
         self.lengths = [0] * rows
-        self.columns = min(BLOCK, limit)
-        # (rows, 1, 1, C), added to attention scores: 0 up to the row's length, -inf beyond.
-        self.mask = self._closed(self.columns)
-        self._at = torch.arange(rows, device=device)
+        self.columns = min(BLOCK, self.limit)
+        self._rows = torch.arange(rows, device=device)[:, None]
+        self._counted = torch.arange(self.limit, device=device)
 
     def reserve(self, columns: int) -> None:
         """Make room for rows of `columns` tokens."""
@@ -42,14 +41,15 @@ class RowCache:
                     for row, n in enumerate(self.lengths):
                         new[row, :, :n] = old[row, :, :n]
                     kind[i] = new
-        mask = self._closed(wide)
-        mask[..., : self.columns] = self.mask
-        self.mask, self.columns = mask, wide
+        self.columns = wide
 
     def clear(self, row: int) -> None:
         """Forget a row's tokens."""
         self.lengths[row] = 0
-        self.mask[row] = float("-inf")
+
+    def cut(self, row: int, length: int) -> None:
+        """Forget all but a row's first tokens."""
+        self.lengths[row] = length
 
     def move(self, source: int, target: int) -> None:
         """Copy a row over another one."""
@@ -59,20 +59,25 @@ class RowCache:
                 if states is not None:
                     states[target, :, :n] = states[source, :, :n]
         self.lengths[target] = n
-        self.mask[target] = self.mask[source]
 
-    def next_columns(self, n: int) -> Tensor:
-        """Open one more column for each of the first n rows; returns where their next tokens go, (n,)."""
-        at = torch.tensor(self.lengths[:n], device=self.device)
-        self.mask[self._at[:n], 0, 0, at] = 0.0
+    def next_columns(self, n: int, tokens: int = 1) -> tuple[Tensor, Tensor]:
+        """Open `tokens` more columns for each of the first n rows.
+
+        Returns where these tokens go, (n, T), and what is added to their attention scores, (n, 1, T, C): 0 where they may look, their row up to
+        themselves, -inf elsewhere.
+        """
+        longest = max(self.lengths[:n]) + tokens
+        self.reserve(longest)
+        at = torch.tensor(self.lengths[:n], device=self.device)[:, None] + self._counted[:tokens]
         for row in range(n):
-            self.lengths[row] += 1
-        return at
+            self.lengths[row] += tokens
+        mask = torch.zeros(n, tokens, longest, dtype=self.dtype, device=self.device)
+        return at, mask.masked_fill_(self._counted[:longest] > at[..., None], float("-inf"))[:, None]
 
     def put(self, layer: int, at: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write one token of the first n rows: keys and values (n, H, D) at columns `at` (n,)."""
-        rows = self._at[: len(at)]
-        k, v = self._columns_for(layer, keys.shape[1], keys.shape[2])
+        """Write T tokens of each of the first n rows: keys and values (n, T, H, D) at columns `at` (n, T)."""
+        rows = self._rows[: len(at)]
+        k, v = self._columns_for(layer, keys.shape[2], keys.shape[3])
         k[rows, :, at] = keys
         v[rows, :, at] = values
 
@@ -87,7 +92,6 @@ class RowCache:
         start = self.lengths[row]
         self.reserve(start + tokens)
         self.lengths[row] = start + tokens
-        self.mask[row, ..., start : start + tokens] = 0.0
         return start
 
     @property
@@ -126,9 +130,6 @@ class RowCache:
             return torch.from_numpy(np.zeros(shape, dtype=np.float32))
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    def _closed(self, columns: int) -> Tensor:
-        return torch.full((self.rows, 1, 1, columns), float("-inf"), dtype=self.dtype, device=self.device)
-
 
 def chunk_mask(start: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(1, 1, T, start + T): token t of a chunk sees the start columns before it and the chunk up to itself."""
@@ -146,7 +147,7 @@ class TransformersCache(Cache):
         super().__init__(layers=[_Layer(self, i) for i in range(len(rows.keys))])
 
     def next_tokens(self, at: Tensor) -> None:
-        """The next pass brings one token for each of the first n rows, for columns `at` (n,)."""
+        """The next pass brings T tokens for each of the first n rows, for columns `at` (n, T)."""
         self._at = at
 
     def chunk(self, row: int, start: int) -> None:
@@ -158,7 +159,7 @@ class TransformersCache(Cache):
         if self._at is not None:
             n = len(self._at)
             longest = max(self.rows.lengths[:n])
-            self.rows.put(layer, self._at, keys[:, :, 0], values[:, :, 0])
+            self.rows.put(layer, self._at, keys.transpose(1, 2), values.transpose(1, 2))
             k, v = self.rows.layer(layer)
             return k[:n, :, :longest], v[:n, :, :longest]
         end = self._start + keys.shape[2]

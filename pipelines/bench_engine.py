@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pipelines.contest import OURS, THEIRS, Contest, Timing, Way, computing, save_random
+from pipelines.contest import BARE, OURS, THEIRS, Contest, Timing, Way, computing, save_random
 
 MEMORY_LOAD = 16
 # A run of another way that takes longer is not repeated; one that takes longer still is not tried with more requests.
@@ -98,7 +98,7 @@ def _contest(name: str, spec: str, dtype: str, scale: Scale, threads: int, notes
     notes += [f"{name}: {way} at {n} requests left out, over {GIVE_UP_S:.0f} s at fewer" for way, n in sorted(too_slow)]
     rows = _table(name, scale, found)
     if contest.base.device.type == "cuda":
-        alone = next(r for r in rows if r["way"] == "engine, base" and r["requests"] == 1)
+        alone = next(r for r in rows if r["way"] == "engine, base" + BARE and r["requests"] == 1)
         alone["of memory's speed"] = round(contest.bytes_per_token() / copy_bytes_per_s(contest.base.device) / (alone["per token p50 ms"] / 1000), 3)
     held = {way: _memory_mb(spec, dtype, way, scale.tokens, threads) for way in found}
     for row in rows:
@@ -166,7 +166,7 @@ def _table(name: str, scale: Scale, found: dict[str, dict[int, list[Timing]]]) -
     for way, by_load in found.items():
         for n, timings in by_load.items():
             row: dict[str, Any] = {"base": name, "way": way, "requests": n, "tokens/s": round(rate[way][n], 1)}
-            row["of engine's base"] = round(rate[way][n] / rate["engine, base"][n], 3)
+            row["of engine's base"] = round(rate[way][n] / rate["engine, base" + (BARE if way.endswith(BARE) else "")][n], 3)
             for label, values in (("first token", [s for t in timings for s in t.first_s]), ("per token", [s for t in timings for s in t.token_s])):
                 row |= {f"{label} {q} ms": round(1000 * v, 2) for q, v in _quantiles(values).items()}
             rows.append(row)

@@ -33,6 +33,8 @@ from pipelines.workload import ARTICLE, PROMPTS
 STAGGER_S = 0.002
 PERSONAS = 5
 FURTHER = 16
+# Ways of the engine without guesses and without remembered prompts: what its steps cost, whatever the texts.
+BARE = ", bare"
 RANK = 8
 
 
@@ -64,9 +66,10 @@ class Contest:
     # -- ours --------------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def engine(self, personas: int, *, merged: bool = False) -> Iterator[PersonaEngine]:
-        """A running engine with adapters p0, p1 ..."""
-        engine = PersonaEngine(self.base, max_rows=64, max_queue=64, merged="p0" if merged else None, threads=self.threads)
+    def engine(self, personas: int, *, merged: bool = False, bare: bool = False) -> Iterator[PersonaEngine]:
+        """A running engine with adapters p0, p1 ...; a bare one guesses no tokens and remembers no prompts."""
+        kept = {"prefix_mb": 0, "guess": False} if bare else {}
+        engine = PersonaEngine(self.base, max_rows=64, max_queue=64, merged="p0" if merged else None, threads=self.threads, **kept)
         for i in range(1 if merged else personas):
             engine.load_adapter(f"p{i}", self.adapters[i], "1")
         try:
@@ -239,6 +242,8 @@ OURS: dict[str, Callable[[Contest, ExitStack], Way]] = {
     "engine, five mixed": lambda c, s: c.ours(s.enter_context(c.engine(PERSONAS)), lambda i: _gate(i, PERSONAS)),
     "engine, sixteen mixed": lambda c, s: c.ours(s.enter_context(c.engine(FURTHER)), lambda i: _gate(i, FURTHER)),
     "engine, mixtures of two": lambda c, s: c.ours(s.enter_context(c.engine(PERSONAS)), _mixture),
+    "engine, base" + BARE: lambda c, s: c.ours(s.enter_context(c.engine(PERSONAS, bare=True)), lambda i: {}),
+    "engine, five mixed" + BARE: lambda c, s: c.ours(s.enter_context(c.engine(PERSONAS, bare=True)), lambda i: _gate(i, PERSONAS)),
     "engine, merged": lambda c, s: c.ours(s.enter_context(c.engine(1, merged=True)), lambda i: _gate(0, 1)),
 }
 THEIRS: dict[str, Callable[[Contest, ExitStack], Way]] = {

@@ -40,6 +40,7 @@ def local_desk(config: Config, *, models: bool, rows: int = 1) -> Desk:
             threads=replica_threads(None, 1),
             gpu=False,
             prefix_mb=config.generation.prefix_cache_mb,
+            guess=config.generation.lookup,
             registry_uri=config.registry_uri,
             state=config.state,
         ).engine

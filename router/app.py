@@ -89,6 +89,7 @@ def _pool(config: Config, pool: Pool, total_replicas: int, since_ms: int) -> ser
         gpu=gpus > 0,
         merge=pool.merge,
         prefix_mb=config.generation.prefix_cache_mb,
+        guess=config.generation.lookup,
         registry_uri=config.registry_uri,
         state=config.state,
         since_ms=since_ms,

@@ -87,7 +87,7 @@ def test_both_decoders_give_the_logits_of_transformers(variant, tmp_path, tiny_t
                 decoder.move(2, 0)
                 decoder.close(2)
                 so_far, left = [so_far[2], so_far[1]], [gates[2], gates[1]]
-            got = decoder.step([token + i for i in range(len(so_far))])
+            got = decoder.step([[token + i] for i in range(len(so_far))])[:, 0]
             for i, text in enumerate(so_far):
                 text.append(token + i)
                 if token in (20, 24, 27):
@@ -112,13 +112,13 @@ def test_a_row_gets_wider_adapters_than_the_batch_had(tmp_path, tiny_base_folder
     torch.testing.assert_close(decoder.prefill(0, text), first)
     decoder.open(1, {"a0": 0.5, "a1": 0.5})
     decoder.prefill(1, text)
-    torch.testing.assert_close(decoder.step([7, 7])[0], alone.step([7])[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoder.step([[7], [7]])[0], alone.step([[7]])[0], atol=1e-5, rtol=1e-5)
     assert decoder.rank == 7
     decoder.close(1)
     decoder.open(1, {"a0": 1.0})
     assert decoder.rank == 2, "nobody pays for a mixture that is gone"
     torch.testing.assert_close(decoder.prefill(1, text), first, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(decoder.step([8])[0], alone.step([8])[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoder.step([[8]])[0], alone.step([[8]])[0], atol=1e-5, rtol=1e-5)
 
 
 def test_what_the_fused_decoder_cannot_do_is_left_to_transformers(tmp_path, tiny_tokenizer):
@@ -141,7 +141,7 @@ def test_layers_with_a_window_look_no_further_back(tmp_path, tiny_tokenizer):
     decoder = make_decoder(base.model, LoraBank(base.model), 2, 128)
     decoder.open(0, {})
     text = list(range(5, 45))
-    got = [decoder.prefill(0, text[:13]), decoder.prefill(0, text[13:30]), *(decoder.step([t])[0] for t in text[30:])]
+    got = [decoder.prefill(0, text[:13]), decoder.prefill(0, text[13:30]), *(decoder.step([[t]])[0, 0] for t in text[30:])]
     want = base.model(input_ids=torch.tensor([text])).logits[0]
     for logits, place in zip(got, (12, 29, *range(30, 40)), strict=True):
         torch.testing.assert_close(logits, want[place], atol=1e-4, rtol=1e-3)
@@ -176,9 +176,8 @@ def test_a_cache_keeps_its_tokens_when_it_grows_and_when_rows_move():
     cache.put_chunk(0, 1, start, said, -said)
     cache.move(1, 0)
     for _ in range(3):
-        cache.reserve(max(cache.lengths) + 1)
-        at = cache.next_columns(2)
-        cache.put(0, at, torch.full((2, 2, 4), 5.0), torch.full((2, 2, 4), 6.0))
+        at, mask = cache.next_columns(2)
+        cache.put(0, at, torch.full((2, 1, 2, 4), 5.0), torch.full((2, 1, 2, 4), 6.0))
     keys, values = cache.layer(0)
     assert cache.columns == 2 * BLOCK
     for row in (0, 1):
@@ -186,7 +185,6 @@ def test_a_cache_keeps_its_tokens_when_it_grows_and_when_rows_move():
         torch.testing.assert_close(keys[row, :, : BLOCK - 1], said)
         torch.testing.assert_close(values[row, :, : BLOCK - 1], -said)
         assert (keys[row, :, BLOCK - 1 : BLOCK + 2] == 5).all()
-        assert (cache.mask[row, 0, 0] == 0).sum() == BLOCK + 2
+        assert (mask[row, 0, 0] == 0).sum() == BLOCK + 2
     cache.clear(0)
     assert cache.lengths[0] == 0
-    assert torch.isinf(cache.mask[0]).all()

@@ -140,7 +140,7 @@ async def test_a_mixture_equals_pefts_weighted_merge(engine, tiny_base_folder, a
             decoder.open(0, slots)
             torch.testing.assert_close(decoder.prefill(0, ids[:-2]), want[-3], atol=1e-4, rtol=1e-4)
             for place in (-2, -1):
-                torch.testing.assert_close(decoder.step([ids[place]])[0], want[place], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(decoder.step([[ids[place]]])[0, 0], want[place], atol=1e-4, rtol=1e-4)
             decoder.close(0)
 
 
