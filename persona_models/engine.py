@@ -59,9 +59,11 @@ class PersonaEngine:
 
     manners: the personas' system prompts, for bases that read system messages. merged: the one persona of a dedicated engine, whose adapter is added to
     the base's own weights instead of gated beside them; the engine then answers for nobody else. prefix_mb: megabytes of keys and values that are kept
-    of prompts already read, for those that begin alike; 0: none. guess: whether several tokens are tried in one step, see lookup.py. threads: torch threads of the model's thread on a
-    CPU, by default as many as of the caller's. While another thread of the process keeps OpenMP threads of its own, GNU's OpenMP waits by sleeping and
-    not by spinning, and a step takes three times as long: load a model with `torch.set_num_threads(1)` where it is to be served.
+    of prompts already read, for those that begin alike; 0: none. guess: whether several tokens are tried in one step, see lookup.py.
+
+    threads: torch threads of the model's thread on a CPU, by default as many as of the caller's. While another thread of the process keeps OpenMP
+    threads of its own, GNU's OpenMP waits by sleeping and not by spinning, and a step takes three times as long: load a model with
+    `torch.set_num_threads(1)` where it is to be served.
     """
 
     def __init__(

@@ -38,6 +38,7 @@ class Prompt:
     register: str
     voice: str
     tells: bool = True  # whether the words give the persona away
+    kind: str = ""  # "plain": written to be understood, and what retrieval is calibrated on
 
     @property
     def held_out(self) -> bool:

@@ -68,8 +68,15 @@ class Contest:
     @contextmanager
     def engine(self, personas: int, *, merged: bool = False, bare: bool = False) -> Iterator[PersonaEngine]:
         """A running engine with adapters p0, p1 ...; a bare one guesses no tokens and remembers no prompts."""
-        kept = {"prefix_mb": 0, "guess": False} if bare else {}
-        engine = PersonaEngine(self.base, max_rows=64, max_queue=64, merged="p0" if merged else None, threads=self.threads, **kept)
+        engine = PersonaEngine(
+            self.base,
+            max_rows=64,
+            max_queue=64,
+            merged="p0" if merged else None,
+            prefix_mb=0 if bare else 256,
+            guess=not bare,
+            threads=self.threads,
+        )
         for i in range(1 if merged else personas):
             engine.load_adapter(f"p{i}", self.adapters[i], "1")
         try:

@@ -106,7 +106,9 @@ class Generation(Section):
         le=1000,
         description="a run of so many tokens does not come twice in an answer; 0: no such rule; None: 12 for the built-in base, else 0",
     )
-    prefix_cache_mb: int = Field(256, ge=0, description="memory of a replica for prompts already read, so that what begins alike is read once; 0: none")
+    prefix_cache_mb: int = Field(
+        256, ge=0, description="memory of a replica for prompts already read, so that what begins alike is read once; 0: none"
+    )
     lookup: bool = Field(True, description="where an answer repeats its prompt, several tokens are tried in one step; the answer is the same")
     engine: Literal["model", "fake"] = Field("model", description="fake: a deterministic stand-in without weights, for trying clients")
 

@@ -88,6 +88,7 @@ async def test_auto_routes_grounds_and_says_so(sdk):
     assert abs(sum(block["scores"].values()) - 1) < 1e-3
     assert block["reasons"][0]["persona"] == "field"
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
 
 
 CUTS_AT_LINES = {"weights": [0.0] * len(FEATURES), "bias": -9.0, "threshold": 0.5, "words": {}}
