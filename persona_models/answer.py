@@ -33,7 +33,7 @@ class Answer:
     stop_ids: frozenset[int]
     loop: asyncio.AbstractEventLoop
     random: torch.Generator | None
-    lookup: Lookup
+    lookup: Lookup | None  # None: no tokens are guessed
     events: asyncio.Queue[Outcome] = field(default_factory=asyncio.Queue)
     gate: dict[str, float] = field(default_factory=dict)  # slot name -> weight
     versions: dict[str, str] = field(default_factory=dict)
@@ -59,7 +59,8 @@ class Answer:
             token = sampling.choose(logits, request, self.random, so_far=len(self.tokens), stop_ids=tuple(self.stop_ids), banned=banned)
         banned.add(token)
         self.tokens.append(token)
-        self.lookup.extend([token])
+        if self.lookup:
+            self.lookup.extend([token])
         ended: FinishReason | None = None
         piece = ""
         if token in self.stop_ids:

@@ -1,7 +1,8 @@
 """What an answer is likely to say next, guessed from its own prompt: where its last tokens stood before, the same may follow again.
 
 Answers copy their article, so most guesses are right, and the model reads several tokens in one step instead of one in each. A guess only saves time:
-every token is still chosen from the model's own logits, and what comes behind a wrong guess is thrown away. "Prompt lookup decoding" (Saxena 2023), a
+every token is still chosen from the model's own logits, and what comes behind a wrong guess is thrown away. (Products of several tokens round otherwise
+than those of one, so that in bfloat16 two tokens as likely as each other may change places.) "Prompt lookup decoding" (Saxena 2023), a
 form of speculative decoding (Leviathan et al. 2023). This file knows nothing of models.
 """
 
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 
 # Tokens that must agree before their successor is a guess; longer ones are tried first.
 CUES = (3, 2)
-# Guesses are made while so large a share of the last ones was right; the share is a moving average, and rises by PATIENCE where none is made.
-LEAST_TRUST, MEMORY, PATIENCE = 0.4, 0.9, 0.01
+# Guesses are made while so large a share of the last ones was right. The share is a moving average; once it is too small, it rises by PATIENCE a step.
+LEAST_TRUST, MEMORY, PATIENCE = 0.5, 0.9, 0.01
 
 
 class Lookup:

@@ -30,7 +30,10 @@ class _Block:
 
 
 class Prefixes:
-    """The beginnings of prompts that were read into one cache, at most `max_bytes` of them. Used by the model's thread."""
+    """The beginnings of prompts that were read into one cache, at most `max_bytes` of them, and half as many of one prompt. Used by the model's thread.
+
+    Remembering is a convenience: where memory fails, everything is forgotten and the prompt is read as if nothing had been known.
+    """
 
     def __init__(self, cache: RowCache, max_bytes: int) -> None:
         self.cache, self.max_bytes = cache, max_bytes
@@ -38,32 +41,55 @@ class Prefixes:
         self._blocks: OrderedDict[_Key, _Block] = OrderedDict()
         self._made = 0
 
-    def recall(self, row: int, gate: Mapping[str, float], tokens: Sequence[int]) -> int:
-        """Fill an empty row with what is known of the beginning of a prompt; returns how many tokens that were. One at least is left to be read."""
-        keys = self._known(gate, tokens[:-1])
-        if keys:
+    def recall(self, row: int, gate: Mapping[str, float], tokens: Sequence[int], most: int) -> int:
+        """Fill a row, which holds the first of these tokens or none, with what is known of the next ones.
+
+        Returns how many tokens that were, at most about `most`. One at least is left to be read.
+        """
+        start = self.cache.lengths[row]
+        keys = self._known(gate, tokens[:-1])[start // BLOCK_TOKENS :][: max(1, most // BLOCK_TOKENS)]
+        if not keys or start % BLOCK_TOKENS:
+            return 0
+        try:
             self.cache.fill(row, torch.cat([self._blocks[key].states for key in keys], dim=2))
-            self._touch(keys)
+        except RuntimeError:
+            self.cache.cut(row, start)
+            self.forget()
+            return 0
+        self._touch(self._known(gate, tokens[:-1]))
         return len(keys) * BLOCK_TOKENS
 
     def keep(self, row: int, gate: Mapping[str, float], tokens: Sequence[int]) -> None:
         """Remember a row, which holds these tokens or as many of them as were read."""
         tokens = tokens[: self.cache.lengths[row]]
         keys = self._known(gate, tokens)
-        start, end = len(keys) * BLOCK_TOKENS, len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS
-        if self.max_bytes and start < end and self.cache.alike:
-            before: Hashable = self._blocks[keys[-1]].serial if keys else _adapters(gate)
-            for i, states in enumerate(self.cache.read(row, start, end).split(BLOCK_TOKENS, dim=2)):
-                self._made += 1
-                at = start + i * BLOCK_TOKENS
-                key = (before, tuple(tokens[at : at + BLOCK_TOKENS]))
-                self._blocks[key] = _Block(self._made, states.clone())
-                self.bytes += states.nbytes
-                keys.append(key)
-                before = self._made
+        if self.max_bytes and self.cache.alike:
+            most = self.max_bytes // 2 // (BLOCK_TOKENS * self.cache.token_bytes)
+            try:
+                self._add(row, gate, keys, tokens, min(most, len(tokens) // BLOCK_TOKENS))
+            except RuntimeError:
+                self.forget()
+                keys = []
         self._touch(keys)
         while self.bytes > self.max_bytes:
             self.bytes -= self._blocks.popitem(last=False)[1].states.nbytes
+
+    def forget(self) -> None:
+        """Forget everything."""
+        self._blocks.clear()
+        self.bytes = 0
+
+    def _add(self, row: int, gate: Mapping[str, float], keys: list[_Key], tokens: Sequence[int], blocks: int) -> None:
+        """Make the blocks that lack to the first `blocks` of a row, and add their keys to those of the others."""
+        before: Hashable = self._blocks[keys[-1]].serial if keys else _adapters(gate)
+        for i in range(len(keys), blocks):
+            at = slice(i * BLOCK_TOKENS, (i + 1) * BLOCK_TOKENS)
+            states = self.cache.read(row, at.start, at.stop)
+            self._made += 1
+            keys.append((before, tuple(tokens[at])))
+            self._blocks[keys[-1]] = _Block(self._made, states)
+            self.bytes += states.nbytes
+            before = self._made
 
     def _known(self, gate: Mapping[str, float], tokens: Sequence[int]) -> list[_Key]:
         """The blocks that these tokens begin with."""

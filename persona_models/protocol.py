@@ -66,7 +66,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A piece of an answer: one token or, where the reader is slower than the model, several.
+    """A piece of an answer: the tokens since the last event, one or several.
 
     text may be empty: a token can end inside a character, or inside what may become a stop string. The last event carries finish_reason;
     versions (persona id -> "builtin" or registry version) is on every event and does not change within one answer. logprobs are those of the

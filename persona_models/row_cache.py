@@ -1,6 +1,7 @@
 """Keys and values of the rows in flight, allocated once: row i's token at position p lies in column p.
 
-Nothing is concatenated or padded from one step to the next; a step writes one column a row, and attention reads the columns up to the longest row.
+Nothing is concatenated or padded from one step to the next; a step writes a column or a few a row, of which some may be taken back, and attention
+reads the columns up to the longest row.
 `TransformersCache` shows it to any model of transformers as one of its caches. This file knows nothing of requests or sampling.
 """
 
@@ -99,6 +100,12 @@ class RowCache:
         """Whether all layers were written to and hold keys and values of one shape, so that `read` and `fill` can be used."""
         shapes = {None if states is None else states.shape for states in (*self.keys, *self.values)}
         return len(shapes) == 1 and None not in shapes
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes in all layers, which are alike."""
+        keys, _ = self.layer(0)
+        return 2 * len(self.keys) * keys.shape[1] * keys.shape[3] * keys.element_size()
 
     def read(self, row: int, start: int, end: int) -> Tensor:
         """A copy of a row's columns: (2 layers, H, end - start, D), keys and values in turn."""

@@ -53,8 +53,9 @@ Way = Callable[[int], Timing]  # concurrent requests -> what they took
 class Contest:
     """One base, its adapters, and every way to serve them. Close it to drop the models."""
 
-    def __init__(self, spec: str, dtype: str, tokens: int, threads: int) -> None:
-        self.tokens, self.threads = tokens, threads
+    def __init__(self, spec: str, dtype: str, tokens: int, threads: int, *, bare: bool = False) -> None:
+        """bare: the engine guesses no tokens and remembers no prompts, whichever way it is used."""
+        self.tokens, self.threads, self.bare = tokens, threads, bare
         self.base: BaseModel = load_base(spec, dtype=dtype)
         self.base.stop_ids = frozenset()  # every answer as long as asked, so that all ways do the same work
         self.spec, self.dtype = spec, dtype
@@ -67,7 +68,8 @@ class Contest:
 
     @contextmanager
     def engine(self, personas: int, *, merged: bool = False, bare: bool = False) -> Iterator[PersonaEngine]:
-        """A running engine with adapters p0, p1 ...; a bare one guesses no tokens and remembers no prompts."""
+        """A running engine with adapters p0, p1 ..."""
+        bare = bare or self.bare
         engine = PersonaEngine(
             self.base,
             max_rows=64,

@@ -85,18 +85,20 @@ def _request(row: Mapping[str, Any], model: str = "auto", max_tokens: int | None
 
 
 def _retrieval(desk: Desk, card: Scorecard) -> None:
-    rows = read("retrieval")
-    found = [desk.knowledge.match(r["text"], 3) for r in rows]
-    top = [[m.article.id for m in matches] for matches in found]
-    card.metrics["retrieval_top1"] = share(t[:1] == [r["topic"]] for t, r in zip(top, rows, strict=True))
-    card.metrics["retrieval_top3"] = share(r["topic"] in t for t, r in zip(top, rows, strict=True))
-    card.metrics["covered_without_article"] = share(desk.knowledge.best(r["text"]) is None for r in rows)
-    card.metrics["uncovered_without_article"] = share(desk.knowledge.best(r["text"]) is None for r in read("uncovered"))
-    card.misses += [
-        {"kind": "retrieval", "text": r["text"], "want": r["topic"], "got": t[0] if t else ""}
-        for t, r in zip(top, rows, strict=True)
-        if t[:1] != [r["topic"]]
-    ]
+    """The first round's writers hide what they mean more than people do; the plain ones write as people do."""
+    for prefix in ("", "plain_"):
+        rows = read(f"{prefix}retrieval")
+        found = [desk.knowledge.match(r["text"], 3) for r in rows]
+        top = [[m.article.id for m in matches] for matches in found]
+        card.metrics[f"{prefix}retrieval_top1"] = share(t[:1] == [r["topic"]] for t, r in zip(top, rows, strict=True))
+        card.metrics[f"{prefix}retrieval_top3"] = share(r["topic"] in t for t, r in zip(top, rows, strict=True))
+        card.metrics[f"{prefix}covered_without_article"] = share(desk.knowledge.best(r["text"]) is None for r in rows)
+        card.metrics[f"{prefix}uncovered_without_article"] = share(desk.knowledge.best(r["text"]) is None for r in read(f"{prefix}uncovered"))
+        card.misses += [
+            {"kind": f"{prefix}retrieval", "text": r["text"], "want": r["topic"], "got": t[0] if t else ""}
+            for t, r in zip(top, rows, strict=True)
+            if t[:1] != [r["topic"]]
+        ]
 
 
 async def _answers(desk: Desk, card: Scorecard) -> None:

@@ -34,10 +34,10 @@ TERM_PULL = 1.0
 MARGIN_C = 0.2
 MARGIN_SHARE = 0.12
 MARGIN_OWN_WEIGHT = 20
-MARGIN_NONE_WEIGHT = 4
+MARGIN_NONE_WEIGHT = 8
 RATIO_PRIOR = 0.3
 # What calibration may cost: the share of right articles withheld from authors left out.
-MAX_LOST_ARTICLES = 0.03
+MAX_LOST_ARTICLES = 0.02
 # Scores are calibrated on prompts of this kind where there are enough of them: the other authors hide what they mean more than people do.
 PLAIN, MIN_PLAIN = "plain", 200
 PHRASES_IN_A_TEXT = 6

@@ -109,7 +109,9 @@ class Generation(Section):
     prefix_cache_mb: int = Field(
         256, ge=0, description="memory of a replica for prompts already read, so that what begins alike is read once; 0: none"
     )
-    lookup: bool = Field(True, description="where an answer repeats its prompt, several tokens are tried in one step; the answer is the same")
+    lookup: bool = Field(
+        True, description="where an answer repeats its prompt, several tokens are tried in one step; the answer is the same up to rounding"
+    )
     engine: Literal["model", "fake"] = Field("model", description="fake: a deterministic stand-in without weights, for trying clients")
 
 

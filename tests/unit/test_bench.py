@@ -31,6 +31,8 @@ WAYS = {
     "engine, five mixed",
     "engine, sixteen mixed",
     "engine, mixtures of two",
+    "engine, base, bare",
+    "engine, five mixed, bare",
     "engine, merged",
     "generate, base",
     "peft adapter_names, five mixed",
@@ -42,6 +44,7 @@ WAYS = {
 def test_every_way_answers_and_is_written_down(tmp_path, long_base_folder, monkeypatch, capsys):
     def bases(spec):
         yield "tiny", str(long_base_folder), Scale(3, (1, 6), 1)
+        yield "random", str(long_base_folder), Scale(3, (1, 6), 1, bare=True)
 
     monkeypatch.setattr(bench_llamacpp.shutil, "which", lambda name: None)
     monkeypatch.setattr(bench_engine, "_memory_mb", lambda *args: 7)
@@ -52,14 +55,18 @@ def test_every_way_answers_and_is_written_down(tmp_path, long_base_folder, monke
     bench.bench("engine", tmp_path / "engine.json", config)
     written = json.loads((tmp_path / "engine.json").read_text())
     assert any("left out llama.cpp's server, base" in note for note in written["notes"])
-    assert {r["way"] for r in written["rows"]} >= WAYS
+    assert {r["way"] for r in written["rows"] if r["base"] == "tiny"} >= WAYS
     for row in written["rows"]:
         assert row["tokens/s"] > 0
         if row["way"] in WAYS:
             assert 0 < row["first token p50 ms"] <= row["first token p95 ms"]
             assert 0 <= row["per token p50 ms"] <= row["per token p95 ms"]
         assert row.get("memory MB") == (7 if row["requests"] == 6 else None)
-    assert {r["of engine's base"] for r in written["rows"] if r["way"] == "engine, base"} == {1.0}
+    alone = {"tiny": {"engine, base", "engine, base, bare"}, "random": {"engine, base"}}
+    for base, ways in alone.items():
+        assert {r["way"] for r in written["rows"] if r["base"] == base and r["of engine's base"] == 1.0} >= ways
+    assert not any("bare" in r["way"] for r in written["rows"] if r["base"] == "random")
+    assert any("every way of the engine is bare" in note for note in written["notes"])
     assert (tmp_path / "engine.png").stat().st_size > 10_000
     said = capsys.readouterr().out
     assert "peft, switching" in said

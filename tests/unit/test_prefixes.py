@@ -135,28 +135,49 @@ def _write(cache: RowCache, row: int, tokens: list[int]) -> None:
 def test_blocks_asked_for_longest_ago_go_first_and_none_before_those_that_hang_on_it():
     cache = RowCache(2, 2, 256, torch.float32, torch.device("cpu"))
     block_bytes = 4 * BLOCK_TOKENS * 4 * 4
-    prefixes = Prefixes(cache, 5 * block_bytes)
+    prefixes = Prefixes(cache, 6 * block_bytes)
 
-    def known(tokens: list[int]) -> int:
-        cache.clear(1)
-        return prefixes.recall(1, {}, [*tokens, 0])
-
-    first, second = list(range(3 * BLOCK_TOKENS)), list(range(500, 500 + 2 * BLOCK_TOKENS))
-    for tokens in (first, second):
+    def said(start: int, blocks: int) -> list[int]:
+        tokens = list(range(start, start + blocks * BLOCK_TOKENS))
         _write(cache, 0, tokens)
         prefixes.keep(0, {}, tokens)
-    assert (known(second), known(first)) == (len(second), len(first))
-    assert prefixes.bytes == 5 * block_bytes
-    third = list(range(900, 900 + BLOCK_TOKENS))
-    _write(cache, 0, third)
-    prefixes.keep(0, {}, third)
-    assert (known(first), known(third), known(second)) == (len(first), len(third), BLOCK_TOKENS), "the end of the oldest one goes"
-    long = list(range(2000, 2000 + 7 * BLOCK_TOKENS))
-    _write(cache, 0, long)
-    prefixes.keep(0, {}, long)
-    assert known(long) == 5 * BLOCK_TOKENS, "more than there is room for: its beginning stays"
-    assert prefixes.bytes <= 5 * block_bytes
-    assert torch.equal(cache.read(1, 0, 5 * BLOCK_TOKENS)[0, 0, :, 0], torch.arange(2000.0, 2000.0 + 5 * BLOCK_TOKENS))
+        return tokens
+
+    def known(tokens: list[int]) -> int:
+        """Blocks; found in two goes."""
+        cache.clear(1)
+        found = prefixes.recall(1, {}, [*tokens, 0], BLOCK_TOKENS)
+        return (found + prefixes.recall(1, {}, [*tokens, 0], 10_000)) // BLOCK_TOKENS
+
+    first, second, third = said(0, 3), said(500, 2), said(900, 1)
+    assert prefixes.bytes == 6 * block_bytes
+    assert (known(second), known(first), known(third)) == (2, 3, 1)
+    fourth = said(1300, 1)
+    assert (known(second), known(fourth), known(first), known(third)) == (1, 1, 3, 1), "the end of the oldest one goes"
+    long = said(2000, 7)
+    assert known(long) == 3, "no prompt takes more than half"
+    assert prefixes.bytes <= 6 * block_bytes
+    assert torch.equal(cache.read(1, 0, 3 * BLOCK_TOKENS)[0, 0, :, 0], torch.arange(2000.0, 2000.0 + 3 * BLOCK_TOKENS))
+
+
+def test_where_memory_fails_everything_is_forgotten_and_nothing_breaks(monkeypatch):
+    cache = RowCache(2, 2, 256, torch.float32, torch.device("cpu"))
+    prefixes = Prefixes(cache, 10**6)
+    tokens = list(range(2 * BLOCK_TOKENS))
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    for method in ("read", "fill"):
+        _write(cache, 0, tokens)
+        prefixes.keep(0, {}, tokens)
+        assert prefixes.bytes
+        cache.clear(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, method, fails)
+            if method == "read":
+                prefixes.keep(0, {"field#1": 1.0}, tokens)
+            assert prefixes.recall(1, {}, [*tokens, 7], 10_000) == cache.lengths[1] == prefixes.bytes == 0
 
 
 def test_a_beginning_is_found_only_behind_the_same_adapters_and_the_same_tokens_before():
@@ -175,4 +196,4 @@ def test_a_beginning_is_found_only_behind_the_same_adapters_and_the_same_tokens_
         ({}, [*tokens, 7], 0),
     ):
         cache.clear(1)
-        assert prefixes.recall(1, gate, asked) == known == cache.lengths[1]
+        assert prefixes.recall(1, gate, asked, 10_000) == known == cache.lengths[1]
