@@ -253,6 +253,7 @@ OURS: dict[str, Callable[[Contest, ExitStack], Way]] = {
     "engine, mixtures of two": lambda c, s: c.ours(s.enter_context(c.engine(PERSONAS)), _mixture),
     "engine, base" + BARE: lambda c, s: c.ours(s.enter_context(c.engine(PERSONAS, bare=True)), lambda i: {}),
     "engine, five mixed" + BARE: lambda c, s: c.ours(s.enter_context(c.engine(PERSONAS, bare=True)), lambda i: _gate(i, PERSONAS)),
+    "engine, sixteen mixed" + BARE: lambda c, s: c.ours(s.enter_context(c.engine(FURTHER, bare=True)), lambda i: _gate(i, FURTHER)),
     "engine, merged": lambda c, s: c.ours(s.enter_context(c.engine(1, merged=True)), lambda i: _gate(0, 1)),
 }
 THEIRS: dict[str, Callable[[Contest, ExitStack], Way]] = {
@@ -341,6 +342,8 @@ def save_random(name: str, folder: Path) -> str:
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # Words that the tokenizer does not have are as dear to compute as others but never the likeliest: an answer of them would have no text.
+    model.lm_head.weight.data[len(tokenizer) :] = 0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

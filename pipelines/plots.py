@@ -169,20 +169,23 @@ def mixture(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def throughput(rates: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
-    """Tokens a second, base -> way -> concurrent requests -> rate: one panel a base, one line a way; our own ways are the thick ones."""
+    """Tokens a second, base -> way -> concurrent requests -> rate: one panel a base, one line a way, of one colour in all panels; our own ways are the
+    thick ones, dotted where they are bare."""
     figure = _figure(3.2 + 5.6 * len(rates), 5.0)
+    every = list(dict.fromkeys(way for ways in rates.values() for way in ways))
+    ours = [way for way in every if way.startswith("engine")]
+    kinds = {way: [w for w in every if (w in ours) == (way in ours)] for way in every}
     for axes, (base, ways) in zip(np.atleast_1d(figure.subplots(1, len(rates))), rates.items(), strict=True):
-        for i, (way, by_load) in enumerate(ways.items()):
+        for way, by_load in ways.items():
             loads = sorted(by_load)
-            ours = way.startswith("engine")
             axes.plot(
                 loads,
                 [by_load[n] for n in loads],
-                marker="o" if ours else "s",
+                marker="o" if way in ours else "s",
                 markersize=4,
-                linewidth=2.2 if ours else 1.2,
-                linestyle="-" if ours else "--",
-                color=f"C{i % 10}",
+                linewidth=2.2 if way in ours else 1.2,
+                linestyle="--" if way not in ours else ":" if way.endswith("bare") else "-",
+                color=f"C{kinds[way].index(way) % 10}",
                 label=way,
             )
         axes.set(xscale="log", yscale="log", xlabel="concurrent requests", ylabel="tokens a second, all requests together", title=base)
@@ -192,7 +195,7 @@ def throughput(rates: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend([lines[way] for way in every], every, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

@@ -24,7 +24,7 @@ _spec.loader.exec_module(shared)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "neox"])
-def test_mixed_personas_equal_generate_in_float32(kind, tmp_path, tiny_tokenizer):
+def test_mixed_personas_equal_generate_in_float32_read_anew_and_from_memory(kind, tmp_path, tiny_tokenizer):
     import peft
 
     folder = shared.save_tiny(kind, tmp_path / "base", tiny_tokenizer)
@@ -37,19 +37,22 @@ def test_mixed_personas_equal_generate_in_float32(kind, tmp_path, tiny_tokenizer
             engine.load_adapter(persona, read_adapter(path, base), "1")
 
         async def one(i, persona):
-            request = GenerateRequest(str(i), (Message("user", "vpn " * (i + 1)),), {persona: 1.0}, max_tokens=12)
-            return "".join([e.text async for e in engine.generate(request)])
+            request = GenerateRequest(str(i), (Message("user", "vpn " * (12 * i + 1)),), {persona: 1.0}, max_tokens=40)
+            events = [e async for e in engine.generate(request)]
+            return "".join(e.text for e in events), events[-1].cached_tokens
 
-        answers = await asyncio.gather(*(one(i, p) for i, p in enumerate(shared.PERSONAS)))
+        said = [await asyncio.gather(*(one(i, p) for i, p in enumerate(shared.PERSONAS))) for _ in range(2)]
         await engine.close()
-        return answers
+        return said
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for i, (persona, answer) in enumerate(zip(shared.PERSONAS, asyncio.run(run()), strict=True)):
+    first, again = asyncio.run(run())
+    assert max(cached for _, cached in first) == 0 < max(cached for _, cached in again)
+    for i, persona in enumerate(shared.PERSONAS):
         model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapters[persona]).cuda().eval()
-        ids = torch.tensor([encode_prompt(tokenizer, [Message("user", "vpn " * (i + 1))], document=None)]).cuda()
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        assert answer == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        ids = torch.tensor([encode_prompt(tokenizer, [Message("user", "vpn " * (12 * i + 1))], document=None)]).cuda()
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        assert first[i][0] == again[i][0] == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_long_prompts_and_a_merged_engine_equal_generate_in_float32(tmp_path, tiny_tokenizer):
