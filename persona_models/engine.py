@@ -294,6 +294,7 @@ class PersonaEngine:
             work = self._work.popleft()
             try:
                 work.do()
+                self._prefixes.retain(self._bank.slots)
                 work.done.set_result(None)
             except Exception as e:
                 work.done.set_exception(e)
@@ -420,6 +421,8 @@ class PersonaEngine:
         self._decoder.close(last)
         self._rows.pop()
         self._slots.give_back(row.gate)
+        if any(slot not in self._bank.slots for slot in row.gate):
+            self._prefixes.retain(self._bank.slots)
 
     def _send(self) -> None:
         """Hand over the events of the last steps that are due: all of them after a while, or where nothing else is being made; at once those of the

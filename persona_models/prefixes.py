@@ -8,7 +8,7 @@ beginning. This file knows nothing of requests, slots or sampling.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,11 @@ _Key = tuple[Hashable, tuple[int, ...]]  # (the adapters, or the serial number o
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """What BLOCK_TOKENS tokens left in the cache: (2 layers, H, BLOCK_TOKENS, D)."""
+    """What BLOCK_TOKENS tokens left in the cache: (2 layers, H, BLOCK_TOKENS, D), and the adapters that read them, with their weights."""
 
     serial: int
     states: Tensor
+    adapters: frozenset[tuple[str, float]]
 
 
 class Prefixes:
@@ -79,6 +80,11 @@ class Prefixes:
         self._blocks.clear()
         self.bytes = 0
 
+    def retain(self, adapters: Collection[str]) -> None:
+        """Forget what was read with adapters that are no longer among these."""
+        for key in [k for k, block in self._blocks.items() if not all(name in adapters for name, _ in block.adapters)]:
+            self.bytes -= self._blocks.pop(key).states.nbytes
+
     def _add(self, row: int, gate: Mapping[str, float], keys: list[_Key], tokens: Sequence[int], blocks: int) -> None:
         """Make the blocks that lack to the first `blocks` of a row, and add their keys to those of the others."""
         before: Hashable = self._blocks[keys[-1]].serial if keys else _adapters(gate)
@@ -87,7 +93,7 @@ class Prefixes:
             states = self.cache.read(row, at.start, at.stop)
             self._made += 1
             keys.append((before, tuple(tokens[at])))
-            self._blocks[keys[-1]] = _Block(self._made, states)
+            self._blocks[keys[-1]] = _Block(self._made, states, _adapters(gate))
             self.bytes += states.nbytes
             before = self._made
 
@@ -109,5 +115,5 @@ class Prefixes:
             self._blocks.move_to_end(key)
 
 
-def _adapters(gate: Mapping[str, float]) -> Hashable:
+def _adapters(gate: Mapping[str, float]) -> frozenset[tuple[str, float]]:
     return frozenset(gate.items())

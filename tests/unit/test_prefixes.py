@@ -81,14 +81,32 @@ async def test_a_new_version_remembers_nothing_of_the_old_one(tmp_path, tiny_bas
     messages = [Message("user", "vpn")]
     for merged in (None, "field"):
         engine = PersonaEngine(base, merged=merged)
+        taken = []
         for version, path in enumerate(adapters):
             engine.load_adapter("field", read_adapter(path, base), str(version))
             for remembered in (False, True):
                 text, last = await collect(engine, ask(messages, {"field": 1.0}))
                 assert text == reference(tiny_base_folder, path, messages, 12)
                 assert (last.cached_tokens > 0) == remembered
+            # Two times the article and the same question, whichever version it is: nothing of the other one is left.
+            taken.append(engine._prefixes.bytes)
+        assert taken[0] == taken[1] > 0
         await engine.close()
         engine.uninstall()
+
+
+async def test_a_row_that_ends_on_a_version_let_go_leaves_nothing(tmp_path, tiny_base_folder):
+    base = load_base(str(tiny_base_folder), device="cpu")
+    engine = PersonaEngine(base)
+    adapters = [read_adapter(shared.save_adapter(tiny_base_folder, tmp_path / str(i), seed=i), base) for i in range(2)]
+    engine.load_adapter("field", adapters[0], "0")
+    stream = engine.generate(ask([Message("user", "vpn")], {"field": 1.0}, max_tokens=40, min_tokens=40))
+    await anext(stream)
+    await asyncio.get_running_loop().run_in_executor(None, engine.load_adapter, "field", adapters[1], "1")
+    assert [e async for e in stream][-1].versions == {"field": "0"}
+    await collect(engine, ask([Message("user", "vpn")]))  # when this one has ended, so has the row before
+    assert {adapter for block in engine._prefixes._blocks.values() for adapter in block.adapters} == set()
+    await engine.close()
 
 
 async def test_what_a_failed_reading_left_is_not_remembered(tiny_base_folder, monkeypatch):
