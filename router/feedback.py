@@ -18,7 +18,7 @@ from typing import Any, Literal
 from sqlalchemy import JSON, Column, DateTime, Float, Integer, MetaData, String, Table, Text, create_engine, event, insert, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import QueuePool
 
 from persona_models.errors import ConfigError, UnknownRequestError, WorkError
 from persona_models.protocol import Message
@@ -141,10 +141,10 @@ class FeedbackStore:
             target = make_url(url)
             if target.get_backend_name() == "sqlite" and target.database:
                 Path(target.database).parent.mkdir(parents=True, exist_ok=True)
-            # A database in memory lives in one connection; a pool would give every thread an empty one of its own.
+            # A database in memory lives in one connection, which threads have in turn; a larger pool would give every thread an empty one of its own.
             memory = target.get_backend_name() == "sqlite" and not target.database
-            shared = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if memory else {"pool_pre_ping": True}
-            self._engine = create_engine(target, **shared)
+            one = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, "connect_args": {"check_same_thread": False}}
+            self._engine = create_engine(target, **(one if memory else {"pool_pre_ping": True}))
             if target.get_backend_name() == "sqlite":
                 event.listen(self._engine, "connect", _fast_sqlite)
             _meta.create_all(self._engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -40,6 +41,21 @@ def test_a_rating_brings_its_text_and_survives_a_restart(url):
     (rating,) = FeedbackStore(url).ratings()
     assert (rating.rating, rating.comment, rating.persona, rating.answer) == ("up", "nice", "field", "restart it")
     assert rating.messages == (Message("user", "vpn drops"),)
+
+
+def test_many_threads_write_to_a_store_in_memory():
+    """Its one connection is used in turn."""
+    store = FeedbackStore("sqlite://")
+
+    def answer(i: int) -> None:
+        put(store, f"r{i}", "vpn drops", "restart it")
+        store.add_answer(f"r{i}", finish_reason="stop", tokens=5, seconds=0.1)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(answer, range(200)))
+    assert all(store.rate(f"r{i}", "up") for i in range(200))
+    assert len(list(store.ratings())) == 200
+    store.close()
 
 
 def test_only_so_many_texts_wait_in_memory(url):
