@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import Future
@@ -21,12 +20,13 @@ from torch import Tensor
 
 from persona_models import sampling
 from persona_models.adapters import Adapter
-from persona_models.answer import Answer, Outcome, check_request, joined
+from persona_models.answer import Answer, check_request, joined
 from persona_models.base_model import BaseModel
 from persona_models.decoder import make_decoder
 from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
 from persona_models.gated_lora import LoraBank, Merge
-from persona_models.lookup import Lookup
+from persona_models.lookup import Lookup, guesses
+from persona_models.outbox import Outbox
 from persona_models.prefixes import Prefixes
 from persona_models.prompt import fit_prompt
 from persona_models.protocol import EngineStatus, GenerateRequest, TokenEvent
@@ -36,14 +36,6 @@ from persona_models.slots import AdapterSlots
 CHUNK_TOKENS = 256
 # Tokens of a known beginning that are copied between two decode steps.
 RECALL_TOKENS = 1024
-# How many tokens of each row are guessed in a step, by the rows there are, and the share of rows that must have a guess. A token that is tried costs
-# about as much as one of a prompt; of one row's step that is little, of sixteen rows' a third.
-GUESSES = ((2, 7), (8, 5), (32, 3), (1_000_000, 2))
-GUESSING = 0.5
-# Events leave together, at most this often and at most so many a second of all rows: every one costs a wake-up here, a hop between processes and a
-# write to a client, and with one a token a small model on two cores would spend more time on them than on its answers.
-SEND_EVERY_S = 0.01
-MAX_EVENTS_PER_S = 200
 CLOSING = "the engine is shutting down; try again shortly"
 
 
@@ -96,8 +88,7 @@ class PersonaEngine:
         self._work: deque[_Work] = deque()
         # Rows by their place in the decoder; the last one may still be reading its prompt.
         self._rows: list[Answer] = []
-        self._sent: list[tuple[Answer, Outcome]] = []
-        self._last_sent_s = 0.0
+        self._outbox = Outbox()
         self._wake = threading.Condition()
         self._closing = False
         self._broken: str | None = None
@@ -261,15 +252,16 @@ class PersonaEngine:
                     self._admit()
                     self._feed()
                     self._step()
-                    self._send()
+                    self._outbox.send(len(self._rows))
         except Exception as e:  # a fault of the model ends every row with an error, never silently
             self._broken = f"the model stopped: {type(e).__name__}: {e}"
         gone = WorkError(self._broken) if self._broken else NotReadyError(CLOSING)
         with self._wake:
             # Under the lock: whoever comes later is refused, and nobody is left waiting for an event that never comes.
             self._closing = True
-            self._sent += [(row, gone) for row in [*self._rows, *self._waiting]]
-            self._flush()
+            for row in [*self._rows, *self._waiting]:
+                self._outbox.put(row, gone)
+            self._outbox.flush()
             for work in self._work:
                 work.done.set_exception(gone)
             self._rows.clear()
@@ -325,7 +317,7 @@ class PersonaEngine:
         if row.cancelled:
             return
         if gone := [p for p in row.request.gate if p not in self._versions]:
-            self._sent.append((row, self._unknown(gone[0])))
+            self._outbox.put(row, self._unknown(gone[0]))
             return
         if self._merge:
             row.versions = dict(self._merged_version)
@@ -352,7 +344,7 @@ class PersonaEngine:
         try:
             logits = self._decoder.prefill(place, chunk)
         except Exception as e:
-            self._sent.append((row, WorkError(f"the model failed on this prompt: {type(e).__name__}: {e}")))
+            self._outbox.put(row, WorkError(f"the model failed on this prompt: {type(e).__name__}: {e}"))
             row.cancelled = True
             self._drop_cancelled()
             return
@@ -366,21 +358,14 @@ class PersonaEngine:
         rows = self._rows[:-1] if self._reading else self._rows
         if not rows:
             return
-        guesses = self._guesses(rows)
+        tried = guesses([row.lookup for row in rows if row.lookup]) if self._guess else [[] for _ in rows]
         lengths = self._decoder.cache.lengths[: len(rows)]
-        logits = self._decoder.step([[row.tokens[-1], *guess] for row, guess in zip(rows, guesses, strict=True)])
+        logits = self._decoder.step([[row.tokens[-1], *guess] for row, guess in zip(rows, tried, strict=True)])
         likeliest = logits.argmax(-1).tolist()
         for i, row in enumerate(rows):
-            taken = self._take(row, logits[i], likeliest[i], guesses[i])
+            taken = self._take(row, logits[i], likeliest[i], tried[i])
             self._decoder.cache.cut(i, lengths[i] + taken)
         self._drop_cancelled()
-
-    def _guesses(self, rows: list[Answer]) -> list[list[int]]:
-        """Tokens to try behind the last one of every row, as many for each: where few rows have a guess, none, else anything for the others."""
-        most = next(guesses for n, guesses in GUESSES if len(rows) <= n)
-        found = [row.lookup.guess(most) for row in rows if row.lookup]
-        enough = sorted((len(guess) for guess in found), reverse=True)[int(GUESSING * (len(rows) - 1))] if found else 0
-        return [(guess + [0] * enough)[:enough] for guess in found] or [[]] * len(rows)
 
     def _take(self, row: Answer, logits: Tensor, likeliest: list[int], guess: list[int]) -> int:
         """Choose a row's next tokens from logits (T, V) of what follows its last token and each of T - 1 guesses; returns how many are chosen.
@@ -392,12 +377,12 @@ class PersonaEngine:
             while True:
                 event = row.take(logits[taken], likeliest[taken])
                 if event:
-                    self._sent.append((row, event))
+                    self._outbox.put(row, event)
                 taken += 1
                 if row.cancelled or taken > len(guess) or row.tokens[-1] != guess[taken - 1]:
                     break
         except Exception as e:
-            self._sent.append((row, WorkError(f"sampling failed: {type(e).__name__}: {e}")))
+            self._outbox.put(row, WorkError(f"sampling failed: {type(e).__name__}: {e}"))
             row.cancelled = True
         if row.lookup:
             row.lookup.judge(len(guess), max(0, taken - 1))
@@ -423,32 +408,3 @@ class PersonaEngine:
         self._slots.give_back(row.gate)
         if any(slot not in self._bank.slots for slot in row.gate):
             self._prefixes.retain(self._bank.slots)
-
-    def _send(self) -> None:
-        """Hand over the events of the last steps that are due: all of them after a while, or where nothing else is being made; at once those of the
-        rows whose answers begin or end."""
-        now = time.monotonic()
-        if not self._rows or now - self._last_sent_s >= max(SEND_EVERY_S, len(self._rows) / MAX_EVENTS_PER_S):
-            self._last_sent_s = now
-            self._flush()
-        elif at_once := {row for row, e in self._sent if isinstance(e, BaseException) or e.finish_reason or e.completion_tokens == 1}:
-            later = [(row, e) for row, e in self._sent if row not in at_once]
-            self._sent = [(row, e) for row, e in self._sent if row in at_once]
-            self._flush()
-            self._sent = later
-
-    def _flush(self) -> None:
-        """Hand over all events, those of a row as one, in one call for each event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, dict[Answer, list[Outcome]]] = {}
-        for row, event in self._sent:
-            by_loop.setdefault(row.loop, {}).setdefault(row, []).append(event)
-        self._sent = []
-        for loop, sent in by_loop.items():
-            # The caller's loop may be gone with the caller; then nobody waits for the event.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_deliver, [(row, event) for row, events in sent.items() for event in joined(events)])
-
-
-def _deliver(sent: list[tuple[Answer, Outcome]]) -> None:
-    for row, event in sent:
-        row.events.put_nowait(event)

@@ -104,7 +104,7 @@ def _contest(name: str, spec: str, dtype: str, scale: Scale, threads: int, notes
     if contest.base.device.type == "cuda":
         alone = next(r for r in rows if r["way"] == _like("engine, base" + BARE, found) and r["requests"] == 1)
         alone["of memory's speed"] = round(contest.bytes_per_token() / copy_bytes_per_s(contest.base.device) / (alone["per token p50 ms"] / 1000), 3)
-    held = {way: _memory_mb(spec, dtype, way, scale.tokens, threads) for way in found}
+    held = {way: _memory_mb(spec, dtype, way, scale, threads) for way in found}
     for row in rows:
         if row["requests"] == MEMORY_LOAD and (mb := held[row["way"]]) is not None:
             row["memory MB"] = mb
@@ -122,7 +122,7 @@ def _noted(name: str, way: str, notes: list[str]) -> Iterator[list[str]]:
         notes += mine
 
 
-def _memory_mb(spec: str, dtype: str, way: str, tokens: int, threads: int) -> int | None:
+def _memory_mb(spec: str, dtype: str, way: str, scale: Scale, threads: int) -> int | None:
     """What a process takes at its peak to answer MEMORY_LOAD requests this one way, above a process that has only loaded the base.
 
     On a GPU: the peak of its own memory, weights included. None where the way keeps its models in another process.
@@ -131,7 +131,7 @@ def _memory_mb(spec: str, dtype: str, way: str, tokens: int, threads: int) -> in
         return None
     spawn = multiprocessing.get_context("spawn")
     inbox: Any = spawn.Queue()
-    child = spawn.Process(target=_measure_memory, args=(spec, dtype, way, tokens, threads, inbox))
+    child = spawn.Process(target=_measure_memory, args=(spec, dtype, way, scale, threads, inbox))
     child.start()
     try:
         while child.is_alive():
@@ -143,9 +143,9 @@ def _memory_mb(spec: str, dtype: str, way: str, tokens: int, threads: int) -> in
         child.join()
 
 
-def _measure_memory(spec: str, dtype: str, way: str, tokens: int, threads: int, outbox: Any) -> None:
+def _measure_memory(spec: str, dtype: str, way: str, scale: Scale, threads: int, outbox: Any) -> None:
     torch.set_num_threads(1)
-    contest = Contest(spec, dtype, tokens, threads)
+    contest = Contest(spec, dtype, scale.tokens, threads, bare=scale.bare)
     before = _status_kb("VmRSS")
     if _CLEAR.exists():
         _CLEAR.write_text("5")  # the peak counts from here

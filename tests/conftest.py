@@ -129,3 +129,20 @@ def save_adapter(base: Path, folder: Path, *, seed: int, rank: int = 4, **lora) 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights=False, task_type="CAUSAL_LM", **({"target_modules": "all-linear"} | lora))
     get_peft_model(model, config).save_pretrained(folder)
     return folder
+
+
+def generated(base: Path, adapter: Path | None, messages, max_tokens: int, document: str | None = None) -> str:
+    """The slow, obvious way to answer: one request at a time through peft and `generate`."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from persona_models.prompt import encode_prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    ids = torch.tensor([encode_prompt(tokenizer, messages, document=document)])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -135,7 +135,7 @@ def test_an_unknown_benchmark_is_refused(tmp_path):
 
 def test_memory_is_measured_in_a_process_of_its_own(long_base_folder):
     """Ten megabytes and more: adapters, packed weights and the cache of sixteen rows; far less than the process itself."""
-    assert 1 <= bench_engine._memory_mb(str(long_base_folder), "auto", "engine, five mixed", 3, 1) < 2000
+    assert 1 <= bench_engine._memory_mb(str(long_base_folder), "auto", "engine, five mixed", Scale(3, (1,), 1), 1) < 2000
     assert bench_engine._memory_mb(str(long_base_folder), "auto", "llama.cpp's server, base", 3, 1) is None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from persona_models import engine as engine_module
 from persona_models import sampling
@@ -42,14 +42,7 @@ async def collect(engine, request, delay_s: float = 0.0):
 
 
 def reference(folder: Path, adapters: dict[str, Path], text: str, persona: str | None, max_tokens: int) -> str:
-    """The slow, obvious way: one request at a time through peft and `generate`."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    if persona:
-        model = peft.PeftModel.from_pretrained(model, adapters[persona]).eval()
-    ids = torch.tensor([encode_prompt(tokenizer, [Message("user", text)], document=None)])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return shared.generated(folder, adapters[persona] if persona else None, [Message("user", text)], max_tokens)
 
 
 @pytest.fixture(scope="module")

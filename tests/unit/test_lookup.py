@@ -7,10 +7,8 @@ import importlib.util
 import random
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from persona_models.adapters import read_adapter
 from persona_models.base_model import load_base
@@ -18,8 +16,7 @@ from persona_models.decoder import TransformersDecoder
 from persona_models.engine import PersonaEngine
 from persona_models.fused import FusedDecoder
 from persona_models.gated_lora import LoraBank
-from persona_models.lookup import CUES, Lookup
-from persona_models.prompt import encode_prompt
+from persona_models.lookup import CUES, Lookup, guesses
 from persona_models.protocol import GenerateRequest, Message
 
 _spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
@@ -67,15 +64,8 @@ async def test_answers_of_fewer_steps_equal_generate(kind, tmp_path, tiny_tokeni
     got = await asyncio.gather(*(collect(engine, ask(t, {p: 1.0} if p else {}, max_tokens=n), 0.004 * i) for i, (t, p, n) in enumerate(jobs)))
     await engine.close()
     engine.uninstall()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for (text, persona, n), (answer, last, _) in zip(jobs, got, strict=True):
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        if persona:
-            model = peft.PeftModel.from_pretrained(model, adapters[persona]).eval()
-        ids = torch.tensor([encode_prompt(tokenizer, [Message("user", text)], document=None)])
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)[0, ids.shape[1] :]
-        assert answer == tokenizer.decode(out, skip_special_tokens=True), (text, persona)
-        assert last.completion_tokens == len(out)
+    for (text, persona, n), (answer, _, _) in zip(jobs, got, strict=True):
+        assert answer == shared.generated(folder, adapters.get(persona), [Message("user", text)], n), (text, persona)
     assert max(widths) > 1
     assert sum(widths) > len(widths) * 1.5
 
@@ -192,16 +182,12 @@ def test_who_is_guessed_wrong_is_left_alone_for_a_while():
         sure.judge(2, 2)
 
 
-async def test_where_few_rows_have_a_guess_none_is_tried(tiny_base_folder):
-    engine = PersonaEngine(load_base(str(tiny_base_folder), device="cpu"))
-
-    class Row:
-        def __init__(self, tokens):
-            self.lookup = Lookup(tokens)
+def test_where_few_rows_have_a_guess_none_is_tried():
+    def rows(*tokens):
+        return [Lookup(t) for t in tokens]
 
     known, unknown = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], [1, 2, 3, 4]
-    assert engine._guesses([Row(known)]) == [[3, 4, 5, 6, 7, 8, 9]]
-    assert engine._guesses([Row(known), Row(known), Row(unknown)]) == [[3, 4, 5, 6, 7], [3, 4, 5, 6, 7], [0] * 5]
-    assert engine._guesses([Row(known), Row(unknown), Row(unknown)]) == [[], [], []]
-    assert engine._guesses([Row(unknown)]) == [[]]
-    await engine.close()
+    assert guesses(rows(known)) == [[3, 4, 5, 6, 7, 8, 9]]
+    assert guesses(rows(known, known, unknown)) == [[3, 4, 5, 6, 7], [3, 4, 5, 6, 7], [0] * 5]
+    assert guesses(rows(known, unknown, unknown)) == [[], [], []]
+    assert guesses(rows(unknown)) == [[]]

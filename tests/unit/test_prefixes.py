@@ -6,10 +6,8 @@ import asyncio
 import importlib.util
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from persona_models import engine as engine_module
 from persona_models.adapters import read_adapter
@@ -39,14 +37,8 @@ async def collect(engine, request):
     return "".join(e.text for e in events), events[-1]
 
 
-def reference(folder: Path, adapter: Path | None, messages: list[Message], max_tokens: int, document: str = ARTICLE) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    if adapter:
-        model = peft.PeftModel.from_pretrained(model, adapter).eval()
-    ids = torch.tensor([encode_prompt(tokenizer, messages, document=document)])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+def reference(folder: Path, adapter: Path | None, messages: list[Message], max_tokens: int) -> str:
+    return shared.generated(folder, adapter, messages, max_tokens, ARTICLE)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "neox", "phi", "gpt2"])

@@ -193,6 +193,14 @@ def test_calibration_withholds_no_more_right_articles_than_allowed():
     assert (kept >= found.threshold).mean() < 0.5
 
 
+def test_scores_are_calibrated_on_plain_authors_where_there_are_enough():
+    plain, other = Labelled("vpn", "v", kind=train_knowledge.PLAIN), Labelled("vpn", "w")
+    many, few = [plain] * train_knowledge.MIN_PLAIN, [plain] * (train_knowledge.MIN_PLAIN - 1)
+    assert train_knowledge._plain([*many, other]).tolist() == [True] * len(many) + [False]
+    assert train_knowledge._plain([*few, other]).all()
+    assert train_knowledge._plain([]).shape == (0,)
+
+
 def test_term_weights_gradient_is_the_slope_of_the_loss(monkeypatch):
     """The analytic gradient against finite differences, read off through a minimiser that only evaluates."""
     random = np.random.default_rng(0)
