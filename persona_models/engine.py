@@ -25,7 +25,7 @@ from persona_models.base_model import BaseModel
 from persona_models.decoder import make_decoder
 from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
 from persona_models.gated_lora import LoraBank, Merge
-from persona_models.lookup import Lookup, guesses
+from persona_models.lookup import Lookup, Said, guesses
 from persona_models.outbox import Outbox
 from persona_models.prefixes import Prefixes
 from persona_models.prompt import fit_prompt
@@ -75,7 +75,7 @@ class PersonaEngine:
         self.base = base
         self.manners = dict(manners or {})
         self.max_rows, self.max_queue, self.merged = max_rows, max_queue, merged
-        self._guess = guess
+        self._guess, self._said = guess, Said()
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
         self._prefix_bytes = prefix_mb * 2**20
@@ -236,7 +236,7 @@ class PersonaEngine:
         )
         room = min(request.max_tokens, self.base.context_tokens - len(prompt))
         random = sampling.generator(request, self.base.device)
-        lookup = Lookup(prompt) if self._guess else None
+        lookup = Lookup(prompt, self._said) if self._guess else None
         return Answer(request, prompt, room, self.base.tokenizer, self.base.stop_ids, loop, random, lookup)
 
     # -- the model's thread ---------------------------------------------------------------------------------------------------------------

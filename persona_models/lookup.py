@@ -1,64 +1,119 @@
-"""What an answer is likely to say next, guessed from its own prompt: where its last tokens stood before, the same may follow again.
+"""What an answer is likely to say next, guessed from its own prompt and from other answers: where its last tokens stood before, the same may follow.
 
-Answers copy their article, so most guesses are right, and the model reads several tokens in one step instead of one in each. A guess only saves time:
-every token is still chosen from the model's own logits, and what comes behind a wrong guess is thrown away. (Products of several tokens round otherwise
-than those of one, so that in bfloat16 two tokens as likely as each other may change places.) "Prompt lookup decoding" (Saxena 2023), a
-form of speculative decoding (Leviathan et al. 2023). This file knows nothing of models.
+Answers copy their article and begin and end as their persona does, so most guesses are right, and the model reads several tokens in one step instead of
+one in each. A guess only saves time: every token is still chosen from the model's own logits, and what comes behind a wrong guess is thrown away.
+(Products of several tokens round otherwise than those of one, so that in bfloat16 two tokens as likely as each other may change places.) "Prompt lookup
+decoding" (Saxena 2023) and, from other answers, "REST" (He et al. 2023): forms of speculative decoding (Leviathan et al. 2023). This file knows nothing
+of models.
 """
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 # Tokens that must agree before their successor is a guess; longer ones are tried first.
 CUES = (3, 2)
-# Guesses are made while so large a share of the last ones was right. The share is a moving average; once it is too small, it rises by PATIENCE a step.
-LEAST_TRUST, MEMORY, PATIENCE = 0.5, 0.9, 0.01
-# How many tokens of each row are guessed in a step, by the rows there are, and the share of rows that must have a guess. A token that is tried costs
-# about as much as one of a prompt; of one row's step that is little, of sixteen rows' a third.
-GUESSES = ((2, 7), (8, 5), (32, 3), (1_000_000, 2))
-GUESSING = 0.5
+# Of what was said in other answers, so many of the latest are kept: some 200 answers, 20 MB.
+CUES_KEPT = 65_536
+# A row guesses so many tokens that all of them come with at least this chance, as its last guesses came. A token that is tried costs about as much as
+# one of a prompt, of a step's time with one row a twentieth, with sixteen a quarter of a row's share.
+LEAST_CHANCE = 0.3
+# What is known of a row's guesses at first, and how much of it is kept with each further one. Where it is less than LEAST_CHANCE nothing is guessed,
+# and it rises by PATIENCE a step.
+FIRST_CHANCE, MEMORY, PATIENCE = 0.9, 0.9, 0.01
+# No row guesses more tokens than these, by the rows there are. All rows of a step try as many: what this share of them has, the others with anything.
+MOST_GUESSES = ((2, 15), (8, 9), (1_000_000, 5))
+GUESSING = 0.6
+
+
+class Said:
+    """What the engine's answers said lately, by the tokens before: a persona's way to begin, to go on and to end comes again in others' answers.
+
+    Holds at most `cues` beginnings; those said longest ago go first.
+    """
+
+    def __init__(self, cues: int = CUES_KEPT) -> None:
+        self._most = cues
+        self._after: OrderedDict[tuple[int, ...], tuple[list[int], int]] = OrderedDict()  # cue -> an answer, and where its last successor stands
+
+    def add(self, cue: tuple[int, ...], answer: list[int], at: int) -> None:
+        """Remember that answer[at] follows the cue."""
+        self._after[cue] = answer, at
+        self._after.move_to_end(cue)
+        if len(self._after) > self._most:
+            self._after.popitem(last=False)
+
+    def find(self, cue: tuple[int, ...]) -> tuple[list[int], int] | None:
+        """The answer that said the cue last, and where its successor stands."""
+        return self._after.get(cue)
 
 
 class Lookup:
-    """The tokens of one row, prompt and answer, by the ones before them."""
+    """The tokens of one row, prompt and answer, by the ones before them; where they tell nothing, what other rows `said`."""
 
-    def __init__(self, tokens: Sequence[int]) -> None:
+    def __init__(self, prompt: Sequence[int], said: Said) -> None:
         self._tokens: list[int] = []
+        self._answer: list[int] = []
+        self._said = said
         self._after: dict[tuple[int, ...], int] = {}  # cue -> where its first successor stands
-        self._trust = 1.0
+        self._chance = FIRST_CHANCE
         self._guessed = 0
-        self.extend(tokens)
+        for token in prompt:
+            self._append(token)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Add tokens behind the others."""
+        """Add tokens of the answer."""
         for token in tokens:
-            end = len(self._tokens)
-            for n in CUES:
-                if end >= n:
-                    self._after.setdefault(tuple(self._tokens[end - n :]), end)
-            self._tokens.append(token)
+            for cue in self._append(token):
+                self._said.add(cue, self._answer, len(self._answer))
+            self._answer.append(token)
+
+    def _append(self, token: int) -> list[tuple[int, ...]]:
+        """Add a token; returns the cues that it follows."""
+        end = len(self._tokens)
+        cues = [tuple(self._tokens[end - n :]) for n in CUES if end >= n]
+        for cue in cues:
+            self._after.setdefault(cue, end)
+        self._tokens.append(token)
+        return cues
 
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next."""
+        found = self._found()
         guess: list[int] = []
-        if self._trust < LEAST_TRUST:
-            self._trust += PATIENCE
-        else:
-            at = next((at for n in CUES if (at := self._after.get(tuple(self._tokens[-n:]))) is not None), None)
-            guess = [] if at is None else self._tokens[at : at + most]
+        if found and self._chance < LEAST_CHANCE:
+            self._chance += PATIENCE
+        elif found:
+            source, at = found
+            guess = source[at : at + min(most, int(math.log(LEAST_CHANCE) / math.log(min(self._chance, 0.999))))]
         self._guessed = len(guess)
         return guess
 
+    def _found(self) -> tuple[list[int], int] | None:
+        """Tokens, and where among them what may come next begins."""
+        for n in CUES:
+            cue = tuple(self._tokens[-n:])
+            at = self._after.get(cue)
+            if at is not None:
+                return self._tokens, at
+            if found := self._said.find(cue):
+                return found
+        return None
+
     def judge(self, tried: int, right: int) -> None:
-        """Say how many tokens of the last guess were tried, and how many of these came."""
-        if tried := min(tried, self._guessed):
-            self._trust = MEMORY * self._trust + (1 - MEMORY) * min(right, tried) / tried
+        """Say how many tokens of the last guess were tried, and how many of these came; those behind the first wrong one tell nothing."""
+        tried = min(tried, self._guessed)
+        right = min(right, tried)
+        self._chance = 1 - (1 - self._chance) * MEMORY**right
+        if right < tried:
+            self._chance *= MEMORY
 
 
 def guesses(rows: Sequence[Lookup]) -> list[list[int]]:
-    """Tokens to try behind the last one of every row, as many for each: where few rows have a guess, none, else anything for the others."""
-    most = next(tokens for n, tokens in GUESSES if len(rows) <= n)
+    """Tokens to try behind the last one of every row, as many for each: as many as the share GUESSING of the rows have, anything for the others."""
+    most = next(tokens for n, tokens in MOST_GUESSES if len(rows) <= n)
     found = [row.guess(most) for row in rows]
-    enough = sorted(map(len, found), reverse=True)[int(GUESSING * (len(rows) - 1))]
-    return [(guess + [0] * enough)[:enough] for guess in found]
+    usual = sorted(map(len, found), reverse=True)[int(GUESSING * (len(rows) - 1))]
+    return [(guess + [0] * usual)[:usual] for guess in found]

@@ -110,7 +110,8 @@ class Generation(Section):
         256, ge=0, description="memory of a replica for prompts already read, so that what begins alike is read once; 0: none"
     )
     lookup: bool = Field(
-        True, description="where an answer repeats its prompt, several tokens are tried in one step; the answer is the same up to rounding"
+        True,
+        description="where an answer repeats its prompt or others' answers, several tokens are tried in one step; it is the same up to rounding",
     )
     engine: Literal["model", "fake"] = Field("model", description="fake: a deterministic stand-in without weights, for trying clients")
 

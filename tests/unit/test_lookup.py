@@ -16,7 +16,7 @@ from persona_models.decoder import TransformersDecoder
 from persona_models.engine import PersonaEngine
 from persona_models.fused import FusedDecoder
 from persona_models.gated_lora import LoraBank
-from persona_models.lookup import CUES, Lookup, guesses
+from persona_models.lookup import CUES, Lookup, Said, guesses
 from persona_models.protocol import GenerateRequest, Message
 
 _spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
@@ -147,12 +147,16 @@ def test_several_tokens_in_a_step_are_as_one_after_the_other(heads, tmp_path, ti
                         one.cache.cut(row, lengths[row] + n)
 
 
-def first_successors(tokens: list[int], most: int) -> list[int]:
-    """The slow, obvious way: look through all that was said for the first place where the last tokens stood."""
+def first_successors(tokens: list[int], others: list[list[int]], most: int, prompt: int = 3) -> list[int]:
+    """The slow, obvious way: look through all that was said for the first place where the last tokens stood, then through others' answers for the last."""
     for n in CUES:
         for at in range(n, len(tokens)):
             if tokens[at - n : at] == tokens[-n:]:
                 return tokens[at : at + most]
+        for other in reversed(others):
+            for at in range(len(other) - 1, max(n, prompt) - 1, -1):
+                if other[at - n : at] == tokens[-n:]:
+                    return other[at : at + most]
     return []
 
 
@@ -160,34 +164,95 @@ def test_a_guess_is_what_followed_the_last_tokens_where_they_first_stood():
     pick = random.Random(0)
     for size in (2, 5, 40):
         tokens = [pick.randrange(size) for _ in range(30)]
-        lookup = Lookup(tokens)
+        lookup = Lookup(tokens, Said())
         for _ in range(60):
-            assert lookup.guess(5) == first_successors(tokens, 5)
+            assert lookup.guess(5) == first_successors(tokens, [], 5)
             tokens.append(pick.randrange(size))
             lookup.extend(tokens[-1:])
-    assert Lookup([]).guess(3) == Lookup([1, 2, 3]).guess(3) == []
+    assert Lookup([], Said()).guess(3) == Lookup([1, 2, 3], Said()).guess(3) == []
+
+
+def test_what_a_row_does_not_know_is_guessed_from_what_others_said_last():
+    pick = random.Random(1)
+    for size in (5, 12):
+        said, others = Said(), []
+        for _ in range(20):
+            prompt = [pick.randrange(size) for _ in range(3)]
+            lookup, tokens = Lookup(prompt, said), list(prompt)
+            for _ in range(12):
+                assert lookup.guess(4) == first_successors(tokens, others, 4)
+                tokens.append(pick.randrange(size))
+                lookup.extend(tokens[-1:])
+            others.append(tokens)
+
+
+def test_nothing_of_a_prompt_is_ever_a_guess_for_others():
+    said = Said()
+    Lookup([1, 2, 3, 4, 5], said).extend([6])
+    assert Lookup([9, 1, 2, 3], said).guess(3) == []
+    assert Lookup([9, 4, 5], said).guess(3) == [6]
+
+
+def test_what_was_said_longest_ago_is_forgotten_first():
+    said = Said(cues=8)
+    Lookup([1, 2], said).extend([3, 4])
+    assert Lookup([1, 2], said).guess(9) == [3, 4]
+    Lookup([11, 12], said).extend([13, 14])
+    Lookup([1, 2], said).extend([3, 5])
+    assert Lookup([1, 2], said).guess(1) == [3]
+    Lookup([21, 22], said).extend([23, 24])
+    assert Lookup([11, 12], said).guess(9) == []
+    assert Lookup([1, 2], said).guess(9) == [3, 5]
+
+
+def test_the_more_of_its_guesses_come_the_more_a_row_guesses():
+    tokens = list(range(40)) * 2
+    lookup = Lookup(tokens, Said())
+    first = len(lookup.guess(99))
+    lookup.judge(first, 0)
+    assert 0 < len(lookup.guess(99)) < first
+    for _ in range(20):
+        lookup.judge(9, 9)
+    sure = len(lookup.guess(99))
+    assert sure > 2 * first
+    # A tried token that nobody guessed, to fill a step, tells nothing.
+    lookup.guess(2)
+    lookup.judge(9, 2)
+    assert len(lookup.guess(99)) >= sure
 
 
 def test_who_is_guessed_wrong_is_left_alone_for_a_while():
-    lookup = Lookup([1, 2, 3, 1, 2])
+    lookup = Lookup([1, 2, 3, 1, 2], Said())
     tries = 0
     for _ in range(200):
         guess = lookup.guess(2)
         tries += bool(guess)
         lookup.judge(2, 0)
     assert 5 < tries < 60
-    sure = Lookup([1, 2, 3, 1, 2])
-    for _ in range(200):
-        assert sure.guess(2) == [3, 1]
-        sure.judge(2, 2)
 
 
-def test_where_few_rows_have_a_guess_none_is_tried():
+def test_a_step_tries_what_most_rows_have():
     def rows(*tokens):
-        return [Lookup(t) for t in tokens]
+        return [Lookup(t, Said()) for t in tokens]
 
-    known, unknown = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], [1, 2, 3, 4]
-    assert guesses(rows(known)) == [[3, 4, 5, 6, 7, 8, 9]]
-    assert guesses(rows(known, known, unknown)) == [[3, 4, 5, 6, 7], [3, 4, 5, 6, 7], [0] * 5]
+    known, unknown = [*range(30), 1, 2], [1, 2, 3, 4]
+    alone = guesses(rows(known))[0]
+    assert alone == list(range(3, 3 + len(alone)))
+    assert 5 < len(alone) <= 15
+    assert guesses(rows(known, known, unknown)) == [known[3:12], known[3:12], [0] * 9]
     assert guesses(rows(known, unknown, unknown)) == [[], [], []]
+    assert guesses(rows(*[known] * 16)) == [[3, 4, 5, 6, 7]] * 16
     assert guesses(rows(unknown)) == [[]]
+
+
+async def test_the_second_of_two_alike_answers_takes_fewer_steps(tiny_base_folder):
+    base = load_base(str(tiny_base_folder), device="cpu")
+    base.stop_ids = frozenset()
+    engine = PersonaEngine(base, prefix_mb=0)
+    widths = counted(engine)
+    first, _, _ = await collect(engine, ask("vpn"))
+    steps = len(widths)
+    second, _, _ = await collect(engine, ask("vpn"))
+    await engine.close()
+    assert first == second
+    assert len(widths) - steps < steps / 2
