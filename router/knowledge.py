@@ -25,10 +25,9 @@ from router.text_space import TextSpace
 
 FILE = "knowledge.safetensors"
 ARTICLES_FILE = "knowledge.json"
-FORMAT = 2
-# An article's own text against the prompts written about it, and how many terms a vector keeps.
+FORMAT = 3
+# An article's own text against the prompts written about it.
 OWN_TEXT = 0.5
-MAX_TERMS = 6000
 MIN_PROMPTS = 3
 
 
@@ -70,7 +69,7 @@ class Calibration:
 class Learned:
     """What prompts taught beyond the articles' words: vectors (A + 1, F) and offsets (A + 1,), added to the articles'; the last is "no article"."""
 
-    vectors: sparse.csr_matrix
+    vectors: np.ndarray
     offsets: np.ndarray
 
 
@@ -81,7 +80,7 @@ class KnowledgeBase:
         self,
         articles: Sequence[Article],
         space: TextSpace,
-        vectors: sparse.csr_matrix,
+        vectors: np.ndarray,
         term_weights: np.ndarray,
         calibration: Calibration | None = None,
         values: Mapping[str, str] | None = None,
@@ -100,7 +99,6 @@ class KnowledgeBase:
             raise ConfigError(f"knowledge: vectors {vectors.shape} do not fit {len(articles)} articles and {len(space)} terms")
         self.articles = tuple(articles)
         self.space = space
-        self.vectors = vectors
         self.term_weights = term_weights
         self.offsets = np.full(len(articles), np.nan, dtype=np.float32) if offsets is None else offsets.astype(np.float32)
         self.none = np.zeros(len(space) + 1, dtype=np.float32) if none is None else none.astype(np.float32)
@@ -108,8 +106,13 @@ class KnowledgeBase:
         self.values = dict(values or {})
         self.version = version
         # One row per term, since a request has few of them: its products are a sum of a few hundred rows of (A + 1,).
-        self._by_term = np.column_stack([vectors.T.toarray(), self.none[:-1]]).astype(np.float32, order="C")
+        self._by_term = np.column_stack([vectors.T, self.none[:-1]]).astype(np.float32, order="C")
         self._shift = np.append(np.where(np.isnan(self.offsets), self.calibration.own_text_offset, self.offsets), self.none[-1])
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """(A, F)"""
+        return self._by_term[:, :-1].T
 
     @classmethod
     def build(
@@ -132,14 +135,11 @@ class KnowledgeBase:
             space = TextSpace.fit(everything, min_words=1, min_grams=1 if len(everything) < 1000 else 2)
         if term_weights is None:
             term_weights = np.ones(len(space), dtype=np.float32)
-        whole = article_vectors(articles, example_prompts, space, values, calibration.own_text_gain)
-        whole = sparse.csr_matrix(whole.multiply(term_weights))
+        vectors = article_vectors(articles, example_prompts, space, values, calibration.own_text_gain).multiply(term_weights).toarray()
         offsets = none = None
         if learned is not None:
-            whole = sparse.csr_matrix(whole + learned.vectors[:-1])
-            offsets, none = learned.offsets[:-1], np.append(learned.vectors[-1].toarray()[0], learned.offsets[-1])
-        rows = [_largest(whole[i]) for i in range(len(articles))]
-        vectors = sparse.vstack(rows, format="csr", dtype=np.float32) if rows else sparse.csr_matrix((0, len(space)), dtype=np.float32)
+            vectors += learned.vectors[:-1]
+            offsets, none = learned.offsets[:-1], np.append(learned.vectors[-1], learned.offsets[-1])
         return cls(articles, space, vectors, term_weights, calibration, values, offsets=offsets, none=none)
 
     def with_articles(self, articles: Sequence[Article], *, instead: bool = False) -> KnowledgeBase:
@@ -155,9 +155,8 @@ class KnowledgeBase:
         # A word that no prompt and no built-in article ever used names this company's matter; it weighs as much as the average term.
         weights = np.concatenate([self.term_weights, np.ones(len(space) - len(self.space), dtype=np.float32)])
         added = KnowledgeBase.build(articles, {}, values=self.values, space=space, term_weights=weights, calibration=self.calibration)
-        old = sparse.csr_matrix(self.vectors[kept])
-        old.resize(len(kept), len(space))
-        vectors = sparse.vstack([old, added.vectors], format="csr", dtype=np.float32)
+        old = np.pad(self.vectors[kept], ((0, 0), (0, len(space) - len(self.space))))
+        vectors = np.concatenate([old, added.vectors])
         version = digest((self.version + json.dumps([asdict(a) for a in added.articles]) + str(instead)).encode())
         return KnowledgeBase(
             [*(self.articles[i] for i in kept), *articles],
@@ -202,11 +201,12 @@ class KnowledgeBase:
     def save(self, folder: Path) -> str:
         """Write index and articles into an existing folder and return the version, a digest of both."""
         about = {"format": FORMAT, "articles": len(self.articles), "calibration": asdict(self.calibration)}
+        # A term's largest weight is 127 steps of 8 bits.
+        scale = np.abs(self.vectors).max(axis=0, initial=1e-6).astype(np.float32) / 127
         arrays = self.space.arrays() | {
             "term_weights": self.term_weights.astype(np.float16),
-            "vector_values": self.vectors.data.astype(np.float16),
-            "vector_columns": self.vectors.indices.astype(np.uint32),
-            "vector_starts": self.vectors.indptr.astype(np.int64),
+            "vectors": np.round(self.vectors / scale).astype(np.int8, order="C"),
+            "scale": scale,
             "offsets": self.offsets,
             "none": self.none.astype(np.float16),
         }
@@ -229,18 +229,14 @@ class KnowledgeBase:
             data = json.loads(texts)
             articles = [_article(row) for row in data["articles"]]
             space = TextSpace.from_arrays(arrays)
-            columns = arrays["vector_columns"].astype(np.int64)
-            if len(columns) and int(columns.max()) >= len(space):
-                raise ValueError("a vector has a term that is not in the vocabulary")
-            vectors = sparse.csr_matrix(
-                (arrays["vector_values"].astype(np.float32), columns, arrays["vector_starts"]), shape=(len(articles), len(space))
-            )
+            if arrays["vectors"].shape != (len(articles), len(space)):
+                raise ValueError(f"vectors of {arrays['vectors'].shape} for {len(articles)} articles and {len(space)} terms")
             version = digest((folder / FILE).read_bytes() + texts)
             values = {str(k): str(v) for k, v in data["values"].items()}
             return cls(
                 articles,
                 space,
-                vectors,
+                arrays["vectors"] * arrays["scale"],
                 arrays["term_weights"].astype(np.float32),
                 Calibration(**about["calibration"]),
                 values,
@@ -305,12 +301,6 @@ def unit(rows: sparse.csr_matrix) -> sparse.csr_matrix:
     """Rows scaled to length 1; an empty row stays empty."""
     length = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel())
     return sparse.csr_matrix(sparse.diags(1.0 / np.maximum(length, 1e-12)) @ rows)
-
-
-def _largest(row: sparse.csr_matrix) -> sparse.csr_matrix:
-    """A vector cut to its MAX_TERMS largest terms."""
-    kept = np.sort(np.argsort(-np.abs(row.data), kind="stable")[:MAX_TERMS])
-    return sparse.csr_matrix((row.data[kept].astype(np.float32), row.indices[kept], [0, len(kept)]), shape=row.shape)
 
 
 def _check_ids(found: Sequence[tuple[str, str]]) -> None:

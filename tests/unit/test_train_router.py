@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import sparse
 from unit.corpora import PERSONAS, TROUBLE, write_corpus, write_rows
 
 from persona_models.errors import WorkError
@@ -204,8 +205,6 @@ def test_scores_are_calibrated_on_plain_authors_where_there_are_enough():
 def test_term_weights_gradient_is_the_slope_of_the_loss(monkeypatch):
     """The analytic gradient against finite differences, read off through a minimiser that only evaluates."""
     random = np.random.default_rng(0)
-    from scipy import sparse
-
     x = sparse.random(12, 7, 0.6, format="csr", rng=random)
     vectors = sparse.random(3, 7, 0.7, format="csr", rng=random)
     fold = np.arange(12) % 2 == 0
@@ -265,3 +264,21 @@ def test_composed_profiles_keep_the_rule_for_newcomers(first_days):
         assert row.persona == ("new_hire" if new else "admin")
     assert any(r.persona == "new_hire" for r in settled) is (first_days > 0)
     assert any(not r.profile.title and r.profile.department == "Finance" for r in rows)
+
+
+def test_the_model_of_all_topics_tells_classes_apart_and_says_nothing_of_one_without_texts():
+    random = np.random.default_rng(4)
+    label = np.repeat([0, 1, 3], 40)
+    own = np.eye(4)[label] @ np.eye(4, 12) * 2
+    x = sparse.csr_matrix((own + random.random((120, 12))) / 10)
+    weights, biases = train_knowledge._fit_together(train_knowledge._Texts(x, label), 4)
+    logits = train_knowledge._apply((weights, biases), x)
+    assert (logits[:, [0, 1, 3]].argmax(axis=1) == np.repeat([0, 1, 2], 40)).mean() > 0.95
+    assert not weights[2].any()
+    assert biases[2] == 0
+    np.testing.assert_allclose(logits.sum(axis=1), 0, atol=1e-3)
+    both = train_knowledge._fit_margins(train_knowledge._Texts(x, label), 4)
+    each = train_knowledge._fit_each(train_knowledge._Texts(x, label), 4)
+    np.testing.assert_allclose(both[0], each[0].toarray() + train_knowledge.LOGIT_SHARE * weights, atol=1e-6)
+    two = label < 2
+    assert not train_knowledge._fit_together(train_knowledge._Texts(x[two], label[two]), 4)[0].any()
