@@ -49,6 +49,7 @@ MAX_LOST_ARTICLES = 0.02
 # Scores are calibrated on prompts of this kind where there are enough of them: the other authors hide what they mean more than people do.
 PLAIN, MIN_PLAIN = "plain", 200
 PHRASES_IN_A_TEXT = 6
+COMPANY_ARTICLES = 20
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,6 @@ def fit_knowledge(data: RouterData, seed: int = 0) -> KnowledgeBase:
 
     # Every article's own vector: its text alone, as a company's article has them.
     own_vectors = sparse.csr_matrix(article_vectors(articles, {}, space, values).multiply(weights))
-    own = np.asarray(prompts.x.multiply(own_vectors[prompts.label]).sum(axis=1)).ravel()
-    at = np.arange(len(rows))
-    gain = float(np.median(products[at, prompts.label]) / max(float(np.median(own)), 1e-9))
     whole = sparse.csr_matrix(article_vectors(articles, _by_topic([*rows, *phrases]), space, values).multiply(weights))
     # Where nothing was ever learnt of a prompt's topic, it stands for a request that no article covers, or only a company's article.
     struck, struck_surplus = np.full((len(rows), n), -np.inf), np.zeros(len(rows))
@@ -128,7 +126,7 @@ def fit_knowledge(data: RouterData, seed: int = 0) -> KnowledgeBase:
         struck[asked], struck_surplus[asked] = (prompts.x[asked] @ whole.T).toarray() + MARGIN_SHARE * found[:, :n], found[:, n] - usual
         struck[np.ix_(asked, out)] = -np.inf
     combined = products + MARGIN_SHARE * margins[:, :n]
-    offset = _own_offset(own * gain, struck, combined, prompts, own_vectors * gain, seed)
+    gain, offset = _own_scale((prompts.x @ own_vectors.T).toarray(), struck, combined, prompts.label, topics, seed)
 
     start = Calibration(slope=sharpness, own_text_gain=gain, own_text_offset=offset)
     knowledge = KnowledgeBase.build(
@@ -233,24 +231,31 @@ def _apply(model: tuple[np.ndarray, np.ndarray], x: sparse.csr_matrix) -> np.nda
     return out
 
 
-def _own_offset(own: np.ndarray, struck: np.ndarray, combined: np.ndarray, prompts: _Texts, own_vectors: sparse.csr_matrix, seed: int) -> float:
-    """What to add to the product of an article without prompts, so that it wins its own requests and takes as few as possible of the others'.
+def _own_scale(
+    own: np.ndarray, struck: np.ndarray, combined: np.ndarray, label: np.ndarray, topics: Sequence[np.ndarray], seed: int
+) -> tuple[float, float]:
+    """What the product with an article that has no prompts is multiplied by and what is added, so that it can be held against the others'.
 
-    own: (N,) products of prompts with their topic's text alone; struck: (N, A) what the other articles then score; combined: (N, A) what covered
-    prompts score. Twenty company articles beside the built-in ones are supposed.
+    own: (N, A) products of prompts with each article's text alone; struck: (N, A) what a prompt's rivals score where they and its topic were never
+    learnt apart, -inf for the topics left out with it; combined: (N, A) what prompts score; topics: masks (A,) of those left out together. Twenty
+    company articles at a time are supposed beside the built-in ones: theirs are the prompts about them, and no others.
     """
     random = np.random.default_rng(seed)
-    rivals = (prompts.x @ own_vectors[random.permutation(own_vectors.shape[0])[:20]].T).toarray()
-    rivals = rivals.max(axis=1)
-    right = combined.argmax(axis=1) == prompts.label
-    lead = combined.max(axis=1) - rivals
-    gap = struck.max(axis=1) - own
-    known = np.isfinite(gap)
-    if not known.any() or not right.any():
-        return 0.0
-    tried = np.unique(np.quantile(np.concatenate([gap[known], lead[right]]), np.linspace(0.02, 0.98, 49)))
-    value = [float((gap[known] < t).mean() + (lead[right] > t).mean()) for t in tried]
-    return float(tried[int(np.argmax(value))])
+    rows, target = [], []
+    for out in topics:
+        company = random.permutation(np.flatnonzero(out))[:COMPANY_ARTICLES]
+        theirs = np.isin(label, company)
+        rivals = np.where(theirs[:, None], struck, combined)
+        rivals[:, company] = -np.inf
+        rows.append(np.column_stack([own[:, company].max(axis=1), rivals.max(axis=1)]))
+        target.append(theirs)
+    pairs, wins = np.concatenate(rows), np.concatenate(target)
+    known = np.isfinite(pairs).all(axis=1)
+    if len(set(wins[known].tolist())) < 2:
+        return 1.0, 0.0
+    model = LogisticRegression(C=1e3, class_weight="balanced").fit(pairs[known], wins[known])
+    (mine, other), bias = model.coef_[0], float(model.intercept_[0])
+    return (float(mine / -other), bias / float(-other)) if mine > 0 > other else (1.0, 0.0)
 
 
 def _term_weights(x: sparse.csr_matrix, label: np.ndarray, folds: Sequence[tuple[np.ndarray, sparse.csr_matrix]]) -> tuple[np.ndarray, float]:

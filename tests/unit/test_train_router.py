@@ -282,3 +282,27 @@ def test_the_model_of_all_topics_tells_classes_apart_and_says_nothing_of_one_wit
     np.testing.assert_allclose(both[0], each[0].toarray() + train_knowledge.LOGIT_SHARE * weights, atol=1e-6)
     two = label < 2
     assert not train_knowledge._fit_together(train_knowledge._Texts(x[two], label[two]), 4)[0].any()
+
+
+def test_an_article_without_prompts_wins_its_own_requests_and_leaves_the_others():
+    """Products with texts alone lie on another scale than the others'; the folds' topics are never among the rivals of their own prompts."""
+    random = np.random.default_rng(6)
+    n = 6
+    label = np.repeat(np.arange(n), 80)
+    at = np.arange(len(label))
+    own = random.uniform(0, 0.1, size=(len(label), n))
+    own[at, label] += 0.15
+    combined = random.normal(0, 0.5, size=(len(label), n))
+    combined[at, label] += 4
+    topics = list(folds([str(t) for t in range(n)], 0))
+    struck = random.normal(0, 0.5, size=(len(label), n))
+    for out in topics:
+        struck[np.ix_(out[label], out)] = -np.inf
+    gain, offset = train_knowledge._own_scale(own, struck, combined, label, topics, 0)
+    scaled = own * gain + offset
+    for out in topics:
+        theirs = out[label]
+        assert (scaled[theirs][:, out].max(axis=1) > struck[theirs].max(axis=1)).mean() > 0.9
+        assert (scaled[~theirs][:, out].max(axis=1) < combined[~theirs][:, ~out].max(axis=1)).mean() > 0.95
+    alone = np.ones(n, dtype=bool)
+    assert train_knowledge._own_scale(own, np.full_like(struck, -np.inf), combined, label, [alone], 0) == (1.0, 0.0), "no rival is left"
