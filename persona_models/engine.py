@@ -53,7 +53,8 @@ class PersonaEngine:
 
     manners: the personas' system prompts, for bases that read system messages. merged: the one persona of a dedicated engine, whose adapter is added to
     the base's own weights instead of gated beside them; the engine then answers for nobody else. prefix_mb: megabytes of keys and values that are kept
-    of prompts already read, for those that begin alike; 0: none. guess: whether several tokens are tried in one step, see lookup.py.
+    of prompts already read, for those that begin alike; 0: none. guess: whether several tokens are tried in one step, see lookup.py. said: what
+    is remembered of its answers, to guess others'.
 
     threads: torch threads of the model's thread on a CPU, by default as many as of the caller's. While another thread of the process keeps OpenMP
     threads of its own, GNU's OpenMP waits by sleeping and not by spinning, and a step takes three times as long: load a model with
@@ -70,12 +71,13 @@ class PersonaEngine:
         merged: str | None = None,
         prefix_mb: int = 256,
         guess: bool = True,
+        said: Said | None = None,
         threads: int | None = None,
     ) -> None:
         self.base = base
         self.manners = dict(manners or {})
         self.max_rows, self.max_queue, self.merged = max_rows, max_queue, merged
-        self._guess, self._said = guess, Said()
+        self._guess, self._said = guess, said or Said()
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
         self._prefix_bytes = prefix_mb * 2**20

@@ -10,54 +10,87 @@ of models.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 # Tokens that must agree before their successor is a guess; longer ones are tried first.
 CUES = (3, 2)
-# Of what was said in other answers, so many of the latest are kept: some 200 answers, 20 MB.
-CUES_KEPT = 65_536
+# Of what was said in other answers, so many tokens are kept: of the built-in models some 160 answers, in 16 MB.
+TOKENS_KEPT = 32_768
 # A row guesses so many tokens that all of them come with at least this chance, as its last guesses came. A token that is tried costs about as much as
 # one of a prompt, of a step's time with one row a twentieth, with sixteen a quarter of a row's share.
 LEAST_CHANCE = 0.3
 # What is known of a row's guesses at first, and how much of it is kept with each further one. Where it is less than LEAST_CHANCE nothing is guessed,
 # and it rises by PATIENCE a step.
 FIRST_CHANCE, MEMORY, PATIENCE = 0.9, 0.9, 0.01
-# No row guesses more tokens than these, by the rows there are. All rows of a step try as many: what this share of them has, the others with anything.
+# No row guesses more tokens than these, by the rows there are; the cache has room for no more (row_cache.SPARE). All rows of a step try as many: what
+# the row has that stands this far down from the one that has most, the others with anything.
 MOST_GUESSES = ((2, 15), (8, 9), (1_000_000, 5))
 GUESSING = 0.6
+
+Cue = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Answer:
+    """What a row said, and the cues that were remembered of it; `kept` until it is forgotten."""
+
+    tokens: list[int] = field(default_factory=list)
+    cues: list[Cue] = field(default_factory=list)
+    kept: bool = True
 
 
 class Said:
     """What the engine's answers said lately, by the tokens before: a persona's way to begin, to go on and to end comes again in others' answers.
 
-    Holds at most `cues` beginnings; those said longest ago go first.
+    Holds at most `tokens` tokens; the answers begun longest ago go first. Used by the model's thread.
     """
 
-    def __init__(self, cues: int = CUES_KEPT) -> None:
-        self._most = cues
-        self._after: OrderedDict[tuple[int, ...], tuple[list[int], int]] = OrderedDict()  # cue -> an answer, and where its last successor stands
+    def __init__(self, tokens: int = TOKENS_KEPT) -> None:
+        self._room = tokens
+        self._answers: deque[_Answer] = deque()
+        self._after: dict[Cue, tuple[_Answer, int]] = {}  # cue -> the answer that said it last, and where its successor stands
 
-    def add(self, cue: tuple[int, ...], answer: list[int], at: int) -> None:
-        """Remember that answer[at] follows the cue."""
-        self._after[cue] = answer, at
-        self._after.move_to_end(cue)
-        if len(self._after) > self._most:
-            self._after.popitem(last=False)
+    def begin(self) -> _Answer:
+        """An answer that has said nothing yet."""
+        answer = _Answer()
+        self._answers.append(answer)
+        return answer
 
-    def find(self, cue: tuple[int, ...]) -> tuple[list[int], int] | None:
-        """The answer that said the cue last, and where its successor stands."""
-        return self._after.get(cue)
+    def add(self, answer: _Answer, cues: Sequence[Cue], token: int) -> None:
+        """Remember what an answer says next, behind these cues."""
+        if not answer.kept:
+            return
+        for cue in cues:
+            self._after[cue] = answer, len(answer.tokens)
+        answer.cues += cues
+        answer.tokens.append(token)
+        self._room -= 1
+        while self._room < 0:
+            self._forget(self._answers.popleft())
+
+    def find(self, cue: Cue) -> tuple[list[int], int] | None:
+        """Tokens of the answer that said the cue last, and where among them its successor stands."""
+        found = self._after.get(cue)
+        return (found[0].tokens, found[1]) if found else None
+
+    def _forget(self, answer: _Answer) -> None:
+        for cue in answer.cues:
+            if cue in self._after and self._after[cue][0] is answer:
+                del self._after[cue]
+        answer.kept = False
+        self._room += len(answer.tokens)
 
 
 class Lookup:
-    """The tokens of one row, prompt and answer, by the ones before them; where they tell nothing, what other rows `said`."""
+    """The tokens of one row, prompt and answer, by the ones before them; where its last three stood nowhere, what other rows `said` behind the same."""
 
     def __init__(self, prompt: Sequence[int], said: Said) -> None:
         self._tokens: list[int] = []
-        self._answer: list[int] = []
         self._said = said
-        self._after: dict[tuple[int, ...], int] = {}  # cue -> where its first successor stands
+        self._answer: _Answer | None = None
+        self._after: dict[Cue, int] = {}  # cue -> where its first successor stands
         self._chance = FIRST_CHANCE
         self._guessed = 0
         for token in prompt:
@@ -65,12 +98,11 @@ class Lookup:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Add tokens of the answer."""
+        self._answer = self._answer or self._said.begin()
         for token in tokens:
-            for cue in self._append(token):
-                self._said.add(cue, self._answer, len(self._answer))
-            self._answer.append(token)
+            self._said.add(self._answer, self._append(token), token)
 
-    def _append(self, token: int) -> list[tuple[int, ...]]:
+    def _append(self, token: int) -> list[Cue]:
         """Add a token; returns the cues that it follows."""
         end = len(self._tokens)
         cues = [tuple(self._tokens[end - n :]) for n in CUES if end >= n]
@@ -92,7 +124,7 @@ class Lookup:
         return guess
 
     def _found(self) -> tuple[list[int], int] | None:
-        """Tokens, and where among them what may come next begins."""
+        """Tokens, and where among them what may come next begins: by the longest cue, the row's own before others'."""
         for n in CUES:
             cue = tuple(self._tokens[-n:])
             at = self._after.get(cue)
@@ -112,7 +144,7 @@ class Lookup:
 
 
 def guesses(rows: Sequence[Lookup]) -> list[list[int]]:
-    """Tokens to try behind the last one of every row, as many for each: as many as the share GUESSING of the rows have, anything for the others."""
+    """Tokens to try behind the last one of every row, as many for each, see GUESSING."""
     most = next(tokens for n, tokens in MOST_GUESSES if len(rows) <= n)
     found = [row.guess(most) for row in rows]
     usual = sorted(map(len, found), reverse=True)[int(GUESSING * (len(rows) - 1))]

@@ -195,7 +195,7 @@ def _bench_served(config: Any, url: str) -> list[dict[str, Any]]:
     personas = [p.id for p in config.catalogue()]
 
     def bodies(client: int, round_: int) -> list[dict[str, Any]]:
-        """What a client asks in a round; no text comes twice."""
+        """What a client asks in a round; no text comes twice, though answers are alike, which helps engine and server alike."""
         return [
             {
                 "model": personas[(client + n) % len(personas)],

@@ -25,6 +25,7 @@ from persona_models.base_model import BaseModel, load_base
 from persona_models.engine import PersonaEngine
 from persona_models.errors import WorkError
 from persona_models.gated_lora import Merge, linear_shape
+from persona_models.lookup import Said
 from persona_models.prompt import encode_prompt
 from persona_models.protocol import BUILTIN, GenerateRequest, Message
 from pipelines import bench_llamacpp
@@ -77,6 +78,7 @@ class Contest:
             merged="p0" if merged else None,
             prefix_mb=0 if bare else 256,
             guess=not bare,
+            said=Said(0),  # the prompts are of five kinds: an answer would know the others'
             threads=self.threads,
         )
         for i in range(1 if merged else personas):

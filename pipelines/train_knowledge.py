@@ -8,6 +8,7 @@ This file knows nothing of personas, MLflow or HTTP.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ MAX_LOST_ARTICLES = 0.02
 # Scores are calibrated on prompts of this kind where there are enough of them: the other authors hide what they mean more than people do.
 PLAIN, MIN_PLAIN = "plain", 200
 PHRASES_IN_A_TEXT = 6
+# How many articles a company is supposed to have beside the built-in ones.
 COMPANY_ARTICLES = 20
 
 
@@ -180,7 +182,8 @@ def _fit_together(texts: _Texts, n_classes: int) -> tuple[np.ndarray, np.ndarray
 
     A class without texts gets the mean, so neither weight nor bias.
     """
-    epochs = max(EPOCHS, MIN_BATCHES * BATCH // max(1, len(texts.label)))
+    batches = max(1, math.ceil(len(texts.label) / BATCH))
+    epochs = max(EPOCHS, math.ceil(MIN_BATCHES / batches))
     model = MLPClassifier((DIMENSIONS,), activation="identity", alpha=DECAY, batch_size=min(BATCH, len(texts.label)), max_iter=epochs, random_state=0)
     weights, biases = np.zeros((n_classes, texts.x.shape[1]), dtype=np.float32), np.zeros(n_classes)
     if len(set(texts.label.tolist())) < 3:
@@ -238,8 +241,11 @@ def _own_scale(
 
     own: (N, A) products of prompts with each article's text alone; struck: (N, A) what a prompt's rivals score where they and its topic were never
     learnt apart, -inf for the topics left out with it; combined: (N, A) what prompts score; topics: masks (A,) of those left out together. Twenty
-    company articles at a time are supposed beside the built-in ones: theirs are the prompts about them, and no others.
+    company articles at a time are supposed beside the built-in ones: theirs are the prompts about them, and no others. Where these cannot be told apart, the
+    products' medians are made equal.
     """
+    at = np.arange(len(label))
+    alike = float(np.median(combined[at, label]) / max(float(np.median(own[at, label])), 1e-9)), 0.0
     random = np.random.default_rng(seed)
     rows, target = [], []
     for out in topics:
@@ -252,10 +258,10 @@ def _own_scale(
     pairs, wins = np.concatenate(rows), np.concatenate(target)
     known = np.isfinite(pairs).all(axis=1)
     if len(set(wins[known].tolist())) < 2:
-        return 1.0, 0.0
+        return alike
     model = LogisticRegression(C=1e3, class_weight="balanced").fit(pairs[known], wins[known])
     (mine, other), bias = model.coef_[0], float(model.intercept_[0])
-    return (float(mine / -other), bias / float(-other)) if mine > 0 > other else (1.0, 0.0)
+    return (float(mine / -other), bias / float(-other)) if mine > 0 > other else alike
 
 
 def _term_weights(x: sparse.csr_matrix, label: np.ndarray, folds: Sequence[tuple[np.ndarray, sparse.csr_matrix]]) -> tuple[np.ndarray, float]:

@@ -58,7 +58,7 @@ class Calibration:
     def scores(self, products: np.ndarray, surplus: float = 0.0) -> np.ndarray:
         """Products (A,) -> scores (A,); keeps their order."""
         if len(products) < 2:
-            other = np.zeros_like(products)
+            other = np.full_like(products, self.own_text_offset)  # what an article has that shares nothing with the request
         else:
             first, second = np.partition(products, -2)[[-1, -2]]
             other = np.where(products == first, second, first)

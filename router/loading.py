@@ -83,11 +83,12 @@ def load_knowledge(config: Config) -> KnowledgeBase:
     """The articles in force. Raises ConfigError, ArticleError."""
     pinned = lineup_in_force(config).router if config.router.artefact == BUILTIN else Pinned()
     try:
-        folder, _ = artefact(config, pinned)
-    except RegistryError as e:
+        return _knowledge(config, artefact(config, pinned)[0])
+    except (RegistryError, ConfigError) as e:
+        if pinned.version == BUILTIN:
+            raise
         log.warning("router: %s; using the articles that ship", e.message)
-        folder = SHIPPED
-    return _knowledge(config, folder)
+        return _knowledge(config, SHIPPED)
 
 
 def _knowledge(config: Config, folder: Path) -> KnowledgeBase:

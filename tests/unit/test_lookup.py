@@ -16,8 +16,9 @@ from persona_models.decoder import TransformersDecoder
 from persona_models.engine import PersonaEngine
 from persona_models.fused import FusedDecoder
 from persona_models.gated_lora import LoraBank
-from persona_models.lookup import CUES, Lookup, Said, guesses
+from persona_models.lookup import CUES, MOST_GUESSES, Lookup, Said, guesses
 from persona_models.protocol import GenerateRequest, Message
+from persona_models.row_cache import SPARE
 
 _spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
 shared = importlib.util.module_from_spec(_spec)
@@ -193,16 +194,30 @@ def test_nothing_of_a_prompt_is_ever_a_guess_for_others():
     assert Lookup([9, 4, 5], said).guess(3) == [6]
 
 
-def test_what_was_said_longest_ago_is_forgotten_first():
-    said = Said(cues=8)
-    Lookup([1, 2], said).extend([3, 4])
-    assert Lookup([1, 2], said).guess(9) == [3, 4]
+def test_the_answers_begun_longest_ago_are_forgotten_first_and_whole():
+    said = Said(tokens=6)
+    Lookup([1, 2], said).extend([3, 4, 5])
     Lookup([11, 12], said).extend([13, 14])
-    Lookup([1, 2], said).extend([3, 5])
-    assert Lookup([1, 2], said).guess(1) == [3]
-    Lookup([21, 22], said).extend([23, 24])
-    assert Lookup([11, 12], said).guess(9) == []
-    assert Lookup([1, 2], said).guess(9) == [3, 5]
+    assert Lookup([1, 2], said).guess(9) == [3, 4, 5]
+    last = Lookup([3, 4], said)
+    last.extend([6])
+    assert Lookup([3, 4], said).guess(9) == [6], "said last"
+    last.extend([7])
+    assert Lookup([1, 2], said).guess(9) == Lookup([4, 5], said).guess(9) == []
+    assert Lookup([3, 4], said).guess(9) == [6, 7]
+    assert Lookup([11, 12], said).guess(9) == [13, 14]
+    last.extend(range(20, 30))
+    assert len(said._after) == len(said._answers) == 0, "an answer longer than the room is not kept either"
+    Lookup([1, 2], said).extend([3])
+    assert Lookup([1, 2], said).guess(9) == [3]
+    nothing = Said(0)
+    Lookup([1, 2], nothing).extend([3, 4])
+    assert Lookup([1, 2], nothing).guess(9) == []
+    assert not nothing._after
+
+
+def test_the_cache_has_room_for_all_guesses():
+    assert max(most for _, most in MOST_GUESSES) < SPARE
 
 
 def test_the_more_of_its_guesses_come_the_more_a_row_guesses():
@@ -240,6 +255,7 @@ def test_a_step_tries_what_most_rows_have():
     assert alone == list(range(3, 3 + len(alone)))
     assert 5 < len(alone) <= 15
     assert guesses(rows(known, known, unknown)) == [known[3:12], known[3:12], [0] * 9]
+    assert guesses(rows(known, unknown)) == [alone[:15], [0] * len(alone)]
     assert guesses(rows(known, unknown, unknown)) == [[], [], []]
     assert guesses(rows(*[known] * 16)) == [[3, 4, 5, 6, 7]] * 16
     assert guesses(rows(unknown)) == [[]]
