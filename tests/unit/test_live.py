@@ -7,15 +7,17 @@ import json
 
 import pytest
 
-from persona_models.errors import NotReadyError
+from persona_models.errors import ConfigError, NotReadyError
 from persona_models.fake_engine import FakeEngine
 from persona_models.lineup import Ack, Lineup, Pinned, Trial
 from pipelines.promote import TrialRule
+from router import loading
 from router.config import load_config
 from router.desk import Desk
 from router.feedback import FeedbackStore, VersionResults
+from router.knowledge import FILE, KnowledgeBase
 from router.live import Live
-from router.loading import router_in_force
+from router.loading import load_knowledge, router_in_force
 from router.schema import ChatRequest
 
 PERSONAS = ("leadership", "knowledge_worker", "field", "admin", "new_hire")
@@ -152,3 +154,19 @@ async def test_what_a_shadow_says_is_recorded_redacted_and_counted(desk):
 )
 def test_a_canary_is_promoted_only_by_its_results(challenger, why):
     assert TrialRule().fault(VersionResults("1", answers=100, down=5, ended=100), challenger) == why
+
+
+def test_a_registered_router_of_an_older_format_leaves_the_one_that_ships(tmp_path, monkeypatch, caplog):
+    """Scores and articles alike: commands in the process must not end where a server goes on."""
+    config = load_config()
+    shipped = load_knowledge(config)
+    shipped.save(tmp_path)
+    raw = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(raw.replace(b'\\"format\\": 3', b'\\"format\\": 2', 1))
+    with pytest.raises(ConfigError, match="format 2"):
+        KnowledgeBase.load(tmp_path)
+    pinned = Pinned("7")
+    monkeypatch.setattr(loading, "lineup_in_force", lambda config: Lineup(1, router=pinned))
+    monkeypatch.setattr(loading, "artefact", lambda config, which: (tmp_path, "7") if which == pinned else (loading.SHIPPED, "builtin"))
+    assert load_knowledge(config).version == router_in_force(config)[1].version == KnowledgeBase.load(loading.SHIPPED).version
+    assert "the articles that ship" in caplog.text
