@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 # Tokens that must agree before their successor is a guess; longer ones are tried first.
 CUES = (3, 2)
-# Of what was said in other answers, so many tokens are kept: of the built-in models some 160 answers, in 16 MB.
+# Of what was said in other answers, so many tokens are kept: of the built-in models some 160 answers, in 12 MB.
 TOKENS_KEPT = 32_768
 # A row guesses so many tokens that all of them come with at least this chance, as its last guesses came. A token that is tried costs about as much as
 # one of a prompt, of a step's time with one row a twentieth, with sixteen a quarter of a row's share.
