@@ -32,9 +32,10 @@ from persona_models.prompt import fit_prompt
 from persona_models.protocol import EngineStatus, GenerateRequest, TokenEvent
 from persona_models.slots import AdapterSlots
 
-# Prompt tokens between two decode steps: on a CPU about as long as ten of them.
-CHUNK_TOKENS = 256
-# Tokens of a known beginning that are copied between two decode steps.
+# Prompt tokens that are read between two decode steps, of one request or of several: on a CPU about as long as ten of them. A request counts as
+# LEAST_TOKENS at least.
+CHUNK_TOKENS, LEAST_TOKENS = 256, 32
+# Tokens of a known beginning that are copied in the same time.
 RECALL_TOKENS = 1024
 CLOSING = "the engine is shutting down; try again shortly"
 
@@ -251,8 +252,7 @@ class PersonaEngine:
                 while self._wait():
                     self._do_work()
                     self._drop_cancelled()
-                    self._admit()
-                    self._feed()
+                    self._read_prompts()
                     self._step()
                     self._outbox.send(len(self._rows))
         except Exception as e:  # a fault of the model ends every row with an error, never silently
@@ -332,29 +332,42 @@ class PersonaEngine:
     def _reading(self) -> bool:
         return bool(self._rows) and self._rows[-1].fed < len(self._rows[-1].prompt)
 
-    def _feed(self) -> None:
-        """Give the row that reads its prompt the next chunk of it, from memory where it is known, and its first token after the last one."""
-        if not self._reading:
-            return
-        place, row = len(self._rows) - 1, self._rows[-1]
-        if row.fed == row.recalled:
-            known = self._prefixes.recall(place, row.gate, row.prompt, RECALL_TOKENS)
-            row.fed = row.recalled = row.fed + known
-            if known >= RECALL_TOKENS:
+    def _read_prompts(self) -> None:
+        """Admit requests and read their prompts until as much was read as the rows in flight can wait for."""
+        left = CHUNK_TOKENS
+        while left > 0:
+            self._admit()
+            if not self._reading:
                 return
-        chunk = row.prompt[row.fed : row.fed + CHUNK_TOKENS]
+            left -= max(LEAST_TOKENS, self._feed(left))
+
+    def _feed(self, most: int) -> int:
+        """Give the row that reads its prompt the next chunk of it, from memory where it is known, and its first token after the last one.
+
+        Returns how many tokens of `most` that took; one from memory counts as a part of one.
+        """
+        place, row = len(self._rows) - 1, self._rows[-1]
+        recalled = 0
+        if row.fed == row.recalled:
+            known = self._prefixes.recall(place, row.gate, row.prompt, most * RECALL_TOKENS // CHUNK_TOKENS)
+            row.fed = row.recalled = row.fed + known
+            recalled = known * CHUNK_TOKENS // RECALL_TOKENS
+            if recalled >= most:
+                return recalled
+        chunk = row.prompt[row.fed : row.fed + most - recalled]
         try:
             logits = self._decoder.prefill(place, chunk)
         except Exception as e:
             self._outbox.put(row, WorkError(f"the model failed on this prompt: {type(e).__name__}: {e}"))
             row.cancelled = True
             self._drop_cancelled()
-            return
+            return recalled + len(chunk)
         row.fed += len(chunk)
         if row.fed == len(row.prompt):
             self._take(row, logits[None], logits[None].argmax(-1).tolist(), [])
         self._prefixes.keep(place, row.gate, row.prompt[: row.fed])
         self._drop_cancelled()
+        return recalled + len(chunk)
 
     def _step(self) -> None:
         rows = self._rows[:-1] if self._reading else self._rows

@@ -21,6 +21,8 @@ from persona_models.row_cache import RowCache
 
 # Columns from which torch's own attention is the faster one.
 LONG = 2048
+# Rows times key heads from which scores are computed with the queries on the right.
+MANY = 64
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -151,16 +153,19 @@ class FusedDecoder:
             q, k, v = self._split(layer, qkv, turns)
             self.cache.put_chunk(number, row, start, k.transpose(0, 1), v.transpose(0, 1))
             keys, values = self.cache.layer(number)
+            if number == len(self.layers) - 1:
+                # Nobody looks at what the last layer makes of the other tokens.
+                x, q, later = x[-1:], q[-1:], None
             seen = slice(0, start + tokens)
             attended = nn.functional.scaled_dot_product_attention(
                 q.transpose(0, 1)[None],
                 keys[row : row + 1, :, seen],
                 values[row : row + 1, :, seen],
                 attn_mask=later,
-                is_causal=later is None,
+                is_causal=later is None and len(q) > 1,
                 enable_gqa=self.kv_heads != self.heads,
             )
-            a = attended[0].transpose(0, 1).reshape(tokens, -1)
+            a = attended[0].transpose(0, 1).reshape(len(x), -1)
             out = layer.o(a)
             if adapted:
                 _adapt_row(o_site, row, a, out)
@@ -314,7 +319,7 @@ def _site(prefix: str, layers: Mapping[str, Any], order: Tensor | None = None) -
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Queries (n, H, T, D) over keys and values (n, H, C, D), mask (n, H, T, C) added to the scores -> (n, H, T, D).
 
-    torch's own attention is the faster one for one query a head and for long rows; else this one by a tenth.
+    torch's own attention is the faster one for one query a head and for long rows; else this one by a tenth, with many rows by a quarter.
     """
     n, heads, t, dim = q.shape
     if t == 1 or keys.shape[2] > LONG:
@@ -322,8 +327,12 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     q, mask = q.reshape(n * heads, t, dim), mask.reshape(n * heads, t, -1)
     # Rows and heads of a cache lie at even distances, so nothing is copied.
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-    weights = torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=dim**-0.5).softmax(-1)
-    return torch.bmm(weights, values).view(n, heads, t, dim)
+    if n * heads >= MANY and t >= 4:
+        # The same scores with the few queries on the right: MKL's product is then up to twice as fast.
+        scores = torch.add(mask, torch.bmm(keys, (q * dim**-0.5).transpose(1, 2)).transpose(1, 2))
+    else:
+        scores = torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=dim**-0.5)
+    return torch.bmm(scores.softmax(-1), values).view(n, heads, t, dim)
 
 
 def _adapt_rows(site: _Site, n: int, x: Tensor, y: Tensor) -> None:
