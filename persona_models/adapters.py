@@ -25,15 +25,20 @@ from persona_models.gated_lora import linear_shape
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Written beside PEFT's files by our pipeline: which base the adapter was made for, and how.
 CARD = "deskroute.json"
+# And what the answers that it was trained on say often, texts in a list: see lookup.py. Adapters made elsewhere do without.
+PHRASES = "phrases.json"
+# More of them would take more memory than the adapter.
+MOST_PHRASE_TOKENS = 8192
 MAX_RANK = 256
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter: factors by module name, A (r, in) and B (r, out), with alpha / r folded into B."""
+    """A checked adapter: factors by module name, A (r, in) and B (r, out), with alpha / r folded into B; and tokens of what its answers say often."""
 
     rank: int
     factors: dict[str, tuple[Tensor, Tensor]]
+    phrases: tuple[tuple[int, ...], ...] = ()
 
 
 def builtin_adapter(persona: str) -> Path | None:
@@ -90,7 +95,29 @@ def read_adapter(folder: Path, base: BaseModel) -> Adapter:
         factors[name] = (a, (b * scale).T.contiguous())
     if not factors:
         raise AdapterError(f"{folder}: {WEIGHTS} holds no LoRA factors")
-    return Adapter(max(a.shape[0] for a, _ in factors.values()), factors)
+    return Adapter(max(a.shape[0] for a, _ in factors.values()), factors, _read_phrases(folder, base))
+
+
+def _read_phrases(folder: Path, base: BaseModel) -> tuple[tuple[int, ...], ...]:
+    """The phrases that lie beside an adapter, as tokens, the first MOST_PHRASE_TOKENS of them."""
+    path = folder / PHRASES
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as e:
+        raise AdapterError(f"{path} cannot be read ({e}); delete it, it only makes answers faster, or retrain the persona") from None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise AdapterError(f"{path} is no list of texts; delete it, it only makes answers faster, or retrain the persona")
+    phrases: list[tuple[int, ...]] = []
+    room = MOST_PHRASE_TOKENS
+    for text in texts:
+        phrase = tuple(base.tokenizer.encode(text, add_special_tokens=False))
+        room -= len(phrase)
+        if room < 0:
+            break
+        phrases.append(phrase)
+    return tuple(phrases)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from persona_models.errors import AdapterError, DeskrouteError, RegistryError
+from persona_models.heap import keep_loaded
 from persona_models.lineup import Ack, Lineup, Pinned
 from persona_models.protocol import BUILTIN, Engine, EngineStatus, GenerateRequest, TokenEvent
 from persona_models.registry import RegistryReader, model_name, read_lineup
@@ -79,6 +80,7 @@ class PersonaPool:
         if note:
             self._notes["registry"] = note
         self._notes |= self._versions.start(lineup, builtin_base=base == BUILTIN)
+        keep_loaded()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent | DeskrouteError]:
         """The events of an answer; an error on purpose is the last thing yielded, so that it crosses the process unchanged."""

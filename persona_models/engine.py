@@ -25,7 +25,7 @@ from persona_models.base_model import BaseModel
 from persona_models.decoder import make_decoder
 from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
 from persona_models.gated_lora import LoraBank, Merge
-from persona_models.lookup import Lookup, Said, guesses
+from persona_models.lookup import Lookup, Phrases, Said, guesses
 from persona_models.outbox import Outbox
 from persona_models.prefixes import Prefixes
 from persona_models.prompt import fit_prompt
@@ -79,6 +79,7 @@ class PersonaEngine:
         self.manners = dict(manners or {})
         self.max_rows, self.max_queue, self.merged = max_rows, max_queue, merged
         self._guess, self._said = guess, said or Said()
+        self._phrases: dict[str, Phrases] = {}  # by persona, of the version that was loaded last
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
         self._prefix_bytes = prefix_mb * 2**20
@@ -117,7 +118,8 @@ class PersonaEngine:
             return pending.result()
         try:
             found = adapter() if callable(adapter) else adapter
-            self._between_steps(partial(self._load, persona, found, version, current), alone=self._merge is not None)
+            load = partial(self._load, persona, found, version, Phrases(found.phrases), current)
+            self._between_steps(load, alone=self._merge is not None)
         except BaseException as e:
             mine.set_exception(e)
             raise
@@ -239,7 +241,8 @@ class PersonaEngine:
         )
         room = min(request.max_tokens, self.base.context_tokens - len(prompt))
         random = sampling.generator(request, self.base.device)
-        lookup = Lookup(prompt, self._said) if self._guess else None
+        phrases = [found for p in sorted(request.gate, key=lambda p: -request.gate[p]) if (found := self._phrases.get(p))]
+        lookup = Lookup(prompt, self._said, phrases) if self._guess else None
         return Answer(request, prompt, room, self.base.tokenizer, self.base.stop_ids, loop, random, lookup)
 
     # -- the model's thread ---------------------------------------------------------------------------------------------------------------
@@ -297,7 +300,7 @@ class PersonaEngine:
         self._decoder = make_decoder(self.base.model, self._bank, self.max_rows, self.base.context_tokens)
         self._prefixes = Prefixes(self._decoder.cache, self._prefix_bytes)
 
-    def _load(self, persona: str, adapter: Adapter, version: str, current: bool) -> None:
+    def _load(self, persona: str, adapter: Adapter, version: str, phrases: Phrases, current: bool) -> None:
         if self._merge:
             if not current:
                 raise WorkError(f"the pool of {persona!r} has its adapter merged into the base and holds one version at a time")
@@ -306,9 +309,11 @@ class PersonaEngine:
             self._merged_version[persona] = version
         else:
             self._slots.load(persona, adapter, version, current=current)
+        self._phrases[persona] = phrases
 
     def _unload(self, persona: str) -> None:
         self._merged_version.pop(persona, None)
+        self._phrases.pop(persona, None)
         self._slots.unload(persona)
 
     def _admit(self) -> None:

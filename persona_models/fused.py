@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from persona_models.gated_lora import LoraBank
 from persona_models.packed import Product, packed
-from persona_models.row_cache import RowCache
+from persona_models.row_cache import RowCache, zeros
 
 # Columns from which torch's own attention is the faster one.
 LONG = 2048
@@ -272,18 +272,23 @@ class FusedDecoder:
         for layer in self.layers:
             for site in layer.sites:
                 if any(m in self.bank.layers for m in site.modules):
-                    site.A = torch.zeros(self.rows, len(site.modules) * rank, site.n_in)
-                    site.B = tuple(torch.zeros(self.rows, k, rank, site.widths[first]) for first, k in site.runs)
-                    for row in range(self.rows):
-                        self._fill(site, row)
+                    self._make_factors(site)
+                    for row, gate in enumerate(self.gates):
+                        if gate:
+                            self._fill(site, row)
+
+    def _make_factors(self, site: _Site) -> None:
+        cpu = torch.device("cpu")
+        site.A = zeros((self.rows, len(site.modules) * self.rank, site.n_in), torch.float32, cpu)
+        site.B = tuple(zeros((self.rows, k, self.rank, site.widths[first]), torch.float32, cpu) for first, k in site.runs)
 
     def _fill(self, site: _Site, row: int) -> None:
         """Write a row's factors, weighted by its gate; of several adapters one below the other, the rest zeros."""
         if site.A is None:
             if not self.gates[row] or not any(m in self.bank.layers for m in site.modules):
                 return
-            site.A = torch.zeros(self.rows, len(site.modules) * self.rank, site.n_in)
-            site.B = tuple(torch.zeros(self.rows, k, self.rank, site.widths[first]) for first, k in site.runs)
+            self._make_factors(site)
+        assert site.A is not None
         site.A[row].zero_()
         for b in site.B:
             b[row].zero_()

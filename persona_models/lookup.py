@@ -1,17 +1,20 @@
-"""What an answer is likely to say next, guessed from its own prompt and from other answers: where its last tokens stood before, the same may follow.
+"""What an answer is likely to say next, guessed from its own prompt, from what its persona was trained to say, and from other answers: where its last
+tokens stood before, the same may follow.
 
 Answers copy their article and begin and end as their persona does, so most guesses are right, and the model reads several tokens in one step instead of
 one in each. A guess only saves time: every token is still chosen from the model's own logits, and what comes behind a wrong guess is thrown away.
 (Products of several tokens round otherwise than those of one, so that in bfloat16 two tokens as likely as each other may change places.) "Prompt lookup
-decoding" (Saxena 2023) and, from other answers, "REST" (He et al. 2023): forms of speculative decoding (Leviathan et al. 2023). This file knows nothing
-of models.
+decoding" (Saxena 2023) and, from texts beside the prompt, "REST" (He et al. 2023): forms of speculative decoding (Leviathan et al. 2023). This file knows
+nothing of models.
 """
 
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 # Tokens that must agree before their successor is a guess; longer ones are tried first.
@@ -20,16 +23,49 @@ CUES = (3, 2)
 TOKENS_KEPT = 32_768
 # A row guesses so many tokens that all of them come with at least this chance, as its last guesses came. A token that is tried costs about as much as
 # one of a prompt, of a step's time with one row a twentieth, with sixteen a quarter of a row's share.
-LEAST_CHANCE = 0.3
+LEAST_CHANCE = 0.2
 # What is known of a row's guesses at first, and how much of it is kept with each further one. Where it is less than LEAST_CHANCE nothing is guessed,
 # and it rises by PATIENCE a step.
-FIRST_CHANCE, MEMORY, PATIENCE = 0.9, 0.9, 0.01
+FIRST_CHANCE, MEMORY, PATIENCE = 0.9, 0.9, 0.005
 # No row guesses more tokens than these, by the rows there are; the cache has room for no more (row_cache.SPARE). All rows of a step try as many: what
 # the row has that stands this far down from the one that has most, the others with anything.
 MOST_GUESSES = ((2, 15), (8, 9), (1_000_000, 5))
-GUESSING = 0.6
+GUESSING = 0.7
 
 Cue = tuple[int, ...]
+Found = tuple[Sequence[int], int]  # tokens, and where among them stands what may come next
+TOKEN_BITS = 21  # of the largest vocabulary; three tokens are one number of 64 bits
+
+
+class Phrases:
+    """What a persona's answers say often, phrases of tokens, the most useful first; by the tokens before. Takes 28 bytes a token."""
+
+    def __init__(self, phrases: Iterable[Sequence[int]] = ()) -> None:
+        self._phrases = [array("i", phrase) for phrase in phrases]
+        self._cues: dict[int, tuple[array[int], array[int]]] = {}  # length -> the cues in order, and phrase and place of each one's successor
+        for n in CUES:
+            first: dict[int, int] = {}
+            for which, phrase in enumerate(self._phrases):
+                for end in range(n, len(phrase)):
+                    first.setdefault(_number(phrase[end - n : end]), which << 32 | end)
+            cues = sorted(first)
+            self._cues[n] = array("q", cues), array("q", (first[cue] for cue in cues))
+
+    def find(self, cue: Cue) -> Found | None:
+        """The first phrase that says the cue, and where in it what follows stands."""
+        cues, places = self._cues[len(cue)]
+        number = _number(cue)
+        i = bisect_left(cues, number)
+        if i == len(cues) or cues[i] != number:
+            return None
+        return self._phrases[places[i] >> 32], places[i] & 0xFFFF_FFFF
+
+
+def _number(cue: Sequence[int]) -> int:
+    number = 0
+    for token in cue:
+        number = number << TOKEN_BITS | token
+    return number
 
 
 @dataclass(eq=False)
@@ -70,7 +106,7 @@ class Said:
         while self._room < 0:
             self._forget(self._answers.popleft())
 
-    def find(self, cue: Cue) -> tuple[list[int], int] | None:
+    def find(self, cue: Cue) -> Found | None:
         """Tokens of the answer that said the cue last, and where among them its successor stands."""
         found = self._after.get(cue)
         return (found[0].tokens, found[1]) if found else None
@@ -84,11 +120,13 @@ class Said:
 
 
 class Lookup:
-    """The tokens of one row, prompt and answer, by the ones before them; where its last three stood nowhere, what other rows `said` behind the same."""
+    """The tokens of one row, prompt and answer, by the ones before them; where its last three stood nowhere, what the persona's `phrases` and then what
+    other rows `said` behind the same."""
 
-    def __init__(self, prompt: Sequence[int], said: Said) -> None:
+    def __init__(self, prompt: Sequence[int], said: Said, phrases: Sequence[Phrases] = ()) -> None:
         self._tokens: list[int] = []
         self._said = said
+        self._elsewhere = (*phrases, said)
         self._answer: _Answer | None = None
         self._after: dict[Cue, int] = {}  # cue -> where its first successor stands
         self._chance = FIRST_CHANCE
@@ -119,19 +157,20 @@ class Lookup:
             self._chance += PATIENCE
         elif found:
             source, at = found
-            guess = source[at : at + min(most, int(math.log(LEAST_CHANCE) / math.log(min(self._chance, 0.999))))]
+            guess = [*source[at : at + min(most, int(math.log(LEAST_CHANCE) / math.log(min(self._chance, 0.999))))]]
         self._guessed = len(guess)
         return guess
 
-    def _found(self) -> tuple[list[int], int] | None:
+    def _found(self) -> Found | None:
         """Tokens, and where among them what may come next begins: by the longest cue, the row's own before others'."""
         for n in CUES:
             cue = tuple(self._tokens[-n:])
             at = self._after.get(cue)
             if at is not None:
                 return self._tokens, at
-            if found := self._said.find(cue):
-                return found
+            for source in self._elsewhere:
+                if found := source.find(cue):
+                    return found
         return None
 
     def judge(self, tried: int, right: int) -> None:

@@ -7,6 +7,7 @@ reads the columns up to the longest row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class RowCache:
         for kind in (self.keys, self.values):
             for i, old in enumerate(kind):
                 if old is not None:
-                    new = self._zeros((*old.shape[:2], wide, old.shape[3]))
+                    new = zeros((*old.shape[:2], wide, old.shape[3]), self.dtype, self.device)
                     for row, n in enumerate(self.lengths):
                         new[row, :, :n] = old[row, :, :n]
                     kind[i] = new
@@ -128,14 +129,16 @@ class RowCache:
         """Columns of a layer; the first tokens of all allocate them."""
         if self.keys[layer] is None:
             shape = (self.rows, heads, self.columns, dim)
-            self.keys[layer], self.values[layer] = self._zeros(shape), self._zeros(shape)
+            # Zeros, since a masked column still counts as nought times what it holds.
+            self.keys[layer], self.values[layer] = (zeros(shape, self.dtype, self.device) for _ in range(2))
         return self.layer(layer)
 
-    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        """Zeros, since a masked column still counts as nought times what it holds. On a CPU, memory that is taken only where it is written to."""
-        if self.dtype == torch.float32 and self.device.type == "cpu":
-            return torch.from_numpy(np.zeros(shape, dtype=np.float32))
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU, memory that is taken only where it is written to."""
+    if dtype == torch.float32 and device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def chunk_mask(start: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_models.errors import InputError
+from persona_models.heap import keep_loaded
 from pipelines.workload import LONG_PROMPT, PROMPTS
 
 # What a benchmark has found, a part at a time: rows and notes.
@@ -206,6 +207,7 @@ def _bench_served(config: Any, url: str) -> list[dict[str, Any]]:
         ]
 
     desk = local_desk(config, models=True, rows=CLIENTS)
+    keep_loaded()  # as the server does
 
     async def alone(round_: int) -> float:
         async def one(client: int) -> int:

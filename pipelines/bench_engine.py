@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from persona_models.heap import keep_loaded
 from pipelines.contest import BARE, OURS, THEIRS, Contest, Timing, Way, computing, save_random
 
 MEMORY_LOAD = 16
@@ -76,6 +77,7 @@ def _contest(name: str, spec: str, dtype: str, scale: Scale, threads: int, notes
         for way, build in THEIRS.items():
             with _noted(name, way, notes):
                 theirs[way] = build(contest, stack)
+        keep_loaded()  # else a collection hits one way or another
         bar = tqdm(total=(scale.rounds + 1) * len(scale.loads) * (len(ours) + len(theirs)), desc=name, unit="run")
         for round_ in range(scale.rounds + 1):
             for n in scale.loads:

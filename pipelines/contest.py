@@ -29,7 +29,7 @@ from persona_models.lookup import Said
 from persona_models.prompt import encode_prompt
 from persona_models.protocol import BUILTIN, GenerateRequest, Message
 from pipelines import bench_llamacpp
-from pipelines.workload import ARTICLE, PROMPTS
+from pipelines.workload import REQUESTS, articles
 
 STAGGER_S = 0.002
 PERSONAS = 5
@@ -60,9 +60,10 @@ class Contest:
         self.base: BaseModel = load_base(spec, dtype=dtype)
         self.base.stop_ids = frozenset()  # every answer as long as asked, so that all ways do the same work
         self.spec, self.dtype = spec, dtype
-        self.shipped = [f for p in ("leadership", "knowledge_worker", "field", "admin", "new_hire") if spec == BUILTIN and (f := builtin_adapter(p))]
+        self.shipped = [f for p, _, _ in REQUESTS if spec == BUILTIN and (f := builtin_adapter(p))]
         self.adapters = [read_adapter(f, self.base) for f in self.shipped]
         like = self.adapters[0] if self.adapters else None
+        self.articles = articles()
         self.adapters += [made_up(self.base, seed, like) for seed in range(len(self.adapters), FURTHER)]
 
     # -- ours --------------------------------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ class Contest:
         async def one(i: int) -> None:
             await asyncio.sleep(STAGGER_S * i)
             asked = time.perf_counter()
-            request = GenerateRequest(str(i), _messages(i), gate_of(i), ARTICLE, self.tokens)
+            request = GenerateRequest(str(i), _messages(i), gate_of(i), self.articles[i % len(self.articles)], self.tokens)
             first = 0.0
             async for event in engine.generate(request):
                 first = first or time.perf_counter()
@@ -141,7 +142,7 @@ class Contest:
         return run
 
     def _generated(self, model: Any, which: Sequence[int], n: int, kwargs: dict[str, Any]) -> Timing:
-        ids = [encode_prompt(self.base.tokenizer, _messages(i), document=ARTICLE) for i in which]
+        ids = [self._prompt(i) for i in which]
         batch = self.base.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(self.base.device)
         steps: list[float] = []
 
@@ -170,7 +171,7 @@ class Contest:
         config = GenerationConfig(max_new_tokens=self.tokens, do_sample=False, eos_token_id=-1, pad_token_id=self.base.tokenizer.pad_token_id)
 
         def run(n: int) -> Timing:
-            ids = [encode_prompt(self.base.tokenizer, _messages(i), document=ARTICLE) for i in range(n)]
+            ids = [self._prompt(i) for i in range(n)]
             began = time.perf_counter()
             model.generate_batch(inputs=ids, generation_config=config, progress_bar=False)
             return Timing(time.perf_counter() - began)
@@ -185,7 +186,7 @@ class Contest:
         url = stack.enter_context(bench_llamacpp.server(self.base, self.adapters[:PERSONAS], folder, self.threads, 64))
 
         def run(n: int) -> Timing:
-            prompts = [encode_prompt(self.base.tokenizer, _messages(i), document=ARTICLE) for i in range(n)]
+            prompts = [self._prompt(i) for i in range(n)]
             began = time.perf_counter()
             said = bench_llamacpp.answers(url, prompts, [i % PERSONAS if mixed else None for i in range(n)], self.tokens)
             total = time.perf_counter() - began
@@ -194,6 +195,9 @@ class Contest:
 
         return run
 
+    def _prompt(self, i: int) -> list[int]:
+        return encode_prompt(self.base.tokenizer, _messages(i), document=self.articles[i % len(self.articles)])
+
     def bytes_per_token(self) -> float:
         """What one row's decode step must read: every weight but the embeddings it does not look up, and keys and values of the row so far."""
         model, config = self.base.model, self.base.model.config
@@ -201,7 +205,7 @@ class Contest:
             p.numel() * p.element_size() for name, p in model.named_parameters() if "embed_tokens" not in name or config.tie_word_embeddings
         )
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        prompt = len(encode_prompt(self.base.tokenizer, _messages(0), document=ARTICLE))
+        prompt = len(self._prompt(0))
         cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize * (prompt + self.tokens / 2)
         return float(weights + cache)
 
@@ -289,7 +293,7 @@ def computing(threads: int, run: Way, n: int) -> Timing:
 
 
 def _messages(i: int) -> tuple[Message, ...]:
-    return (Message("user", f"{PROMPTS[i % len(PROMPTS)]} ({i})"),)
+    return (Message("user", f"{REQUESTS[i % len(REQUESTS)][1]} ({i})"),)
 
 
 def made_up(base: BaseModel, seed: int, like: Adapter | None = None) -> Adapter:

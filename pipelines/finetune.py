@@ -16,12 +16,13 @@ import torch
 from peft import PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from persona_models.adapters import CARD, CONFIG
+from persona_models.adapters import CARD, CONFIG, PHRASES
 from persona_models.as_lora import factor
 from persona_models.base_model import BaseModel
 from persona_models.errors import ConfigError, TicketError
 from persona_models.prompt import encode_example
 from pipelines.dataset import Dataset, Sample
+from pipelines.phrases import often_said
 from pipelines.training import Encoded, History, LoopSettings, belongs, train
 from router.config import Training
 
@@ -157,10 +158,11 @@ def finetune(
         # Of a run that was cut off and then asked for with other data or settings.
         checkpoint.unlink()
     watched = encode_samples(base, dataset.watch[:WATCHED], manner, settings.max_tokens) if dataset.watch else []
+    samples = encode_samples(base, dataset.train, manner, settings.max_tokens)
     try:
         history = train(
             model,
-            SampleBatches(encode_samples(base, dataset.train, manner, settings.max_tokens), settings.rows, steps, settings.seed),
+            SampleBatches(samples, settings.rows, steps, settings.seed),
             LoopSettings(
                 lr=settings.lr,
                 weight_decay=0.0,
@@ -177,7 +179,7 @@ def finetune(
             on_step=on_step,
         )
         folder = work / "adapter"
-        _save(model, folder, base, dataset, settings, steps, history)
+        _save(model, folder, base, dataset, settings, steps, history, phrases(base, samples))
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     finally:
         # get_peft_model puts its layers into the base in place.
@@ -190,7 +192,15 @@ def finetune(
     return Finetuned(folder, history, parameters)
 
 
-def _save(model: Any, folder: Path, base: BaseModel, dataset: Dataset, settings: Training, steps: int, history: History) -> None:
+def phrases(base: BaseModel, samples: Sequence[Encoded]) -> list[str]:
+    """What several of the samples' answers say, for the engine to guess from: the contents of an adapter's PHRASES."""
+    answers = [[label for label in labels if label >= 0] for _, labels in samples]
+    return [base.tokenizer.decode(phrase, clean_up_tokenization_spaces=False) for phrase in often_said(answers)]
+
+
+def _save(
+    model: Any, folder: Path, base: BaseModel, dataset: Dataset, settings: Training, steps: int, history: History, often: Sequence[str]
+) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     made_by: dict[str, Any] = {}
@@ -221,5 +231,6 @@ def _save(model: Any, folder: Path, base: BaseModel, dataset: Dataset, settings:
         "facts": {k: v for k, v in dataset.facts.items() if v is not None},
     }
     (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (partial / PHRASES).write_text(json.dumps(often, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from persona_models.deployment import PersonaPool, replica_threads
 from persona_models.errors import DeskrouteError, NotReadyError, QueueFullError
+from persona_models.heap import keep_loaded
 from persona_models.lineup import Ack, Lineup, Pinned
 from persona_models.protocol import BASE, BUILTIN, EngineStatus, GenerateRequest, TokenEvent
 from router.config import Config, Pool
@@ -215,6 +216,7 @@ class Ingress:
             lineup = replace(lineup, router=Pinned())
         self._desk = Desk(config, classifier, knowledge, engines, store)
         self._live = Live(config, self._desk, RayFleet(pools), lineup)
+        keep_loaded()
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self._desk, self._status, self._live)

@@ -61,7 +61,8 @@ def test_uninstalling_puts_the_base_back(base, folder):
     with torch.inference_mode():
         before = base.model(input_ids=ids).logits
         bank = LoraBank(base.model)
-        bank.load("a", *vars(read_adapter(folder, base)).values())
+        adapter = read_adapter(folder, base)
+        bank.load("a", adapter.rank, adapter.factors)
         bank.gate.rows = bank.open([{"a": 1.0}])
         assert not torch.equal(base.model(input_ids=ids).logits, before)
         bank.uninstall()

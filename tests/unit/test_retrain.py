@@ -72,7 +72,12 @@ def test_from_tickets_to_a_registered_champion(retrained, long_base_folder, caps
     assert {t["path"] for t in json.loads(run.data.tags["mlflow.loggedArtifacts"])} == {"eval_samples.json", "eval_slices.json"}
     assert version.tags[DIGEST_TAG]
     base = load_base(str(long_base_folder), device="cpu")
-    assert read_adapter(found.folder, base).rank == 2
+    adapter = read_adapter(found.folder, base)
+    assert adapter.rank == 2
+    train = [json.loads(line)["answer"] for line in (load_config().state / "work" / "field" / "dataset" / "train.jsonl").read_text().splitlines()]
+    said = [base.tokenizer.decode(phrase, skip_special_tokens=True) for phrase in adapter.phrases]
+    assert said
+    assert all(any(phrase in answer for answer in train) for phrase in said)
 
 
 def test_the_dataset_keeps_broken_rows_aside_and_holds_no_personal_data(retrained):
