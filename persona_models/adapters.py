@@ -101,22 +101,22 @@ def read_adapter(folder: Path, base: BaseModel) -> Adapter:
 def _read_phrases(folder: Path, base: BaseModel) -> tuple[tuple[int, ...], ...]:
     """The phrases that lie beside an adapter, as tokens, the first MOST_PHRASE_TOKENS of them."""
     path = folder / PHRASES
-    try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError) as e:
-        raise AdapterError(f"{path} cannot be read ({e}); delete it, it only makes answers faster, or retrain the persona") from None
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise AdapterError(f"{path} is no list of texts; delete it, it only makes answers faster, or retrain the persona")
     phrases: list[tuple[int, ...]] = []
     room = MOST_PHRASE_TOKENS
-    for text in texts:
-        phrase = tuple(base.tokenizer.encode(text, add_special_tokens=False))
-        room -= len(phrase)
-        if room < 0:
-            break
-        phrases.append(phrase)
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(texts, list):
+            raise ValueError("no list")
+        for text in texts:
+            phrase = tuple(base.tokenizer.encode(text, add_special_tokens=False))
+            room -= len(phrase)
+            if room < 0:
+                break
+            phrases.append(phrase)
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise AdapterError(f"{path} is no list of texts ({e}); retrain the persona, or delete the file, which only makes answers faster") from None
     return tuple(phrases)
 
 

@@ -1,7 +1,7 @@
 """Continuous batching over one base and many adapters: requests in, token events out.
 
-One thread owns the model. Between two steps it takes cancellations and new adapters and admits a waiting request; then it feeds that request's prompt a
-chunk at a time, so that the others keep streaming, and runs one decode step over all rows. A row keeps the adapter versions it began with.
+One thread owns the model. Between two steps it takes cancellations and new adapters, admits waiting requests and reads their prompts, no more at a time
+than a chunk, so that the others keep streaming; then it runs one decode step over all rows. A row keeps the adapter versions it began with.
 Knows nothing of HTTP, Ray or MLflow.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import Future
@@ -27,7 +28,7 @@ from persona_models.errors import NotReadyError, QueueFullError, UnknownModelErr
 from persona_models.gated_lora import LoraBank, Merge
 from persona_models.lookup import Lookup, Phrases, Said, guesses
 from persona_models.outbox import Outbox
-from persona_models.prefixes import Prefixes
+from persona_models.prefixes import BLOCK_TOKENS, Prefixes
 from persona_models.prompt import fit_prompt
 from persona_models.protocol import EngineStatus, GenerateRequest, TokenEvent
 from persona_models.slots import AdapterSlots
@@ -37,6 +38,8 @@ from persona_models.slots import AdapterSlots
 CHUNK_TOKENS, LEAST_TOKENS = 256, 32
 # Tokens of a known beginning that are copied in the same time.
 RECALL_TOKENS = 1024
+# Prompts that an engine reads before the first request, as long as one takes no more than this.
+WARM_UP_TOKENS, WARM_UP_S = (2, 32, 256), 0.2
 CLOSING = "the engine is shutting down; try again shortly"
 
 
@@ -79,7 +82,7 @@ class PersonaEngine:
         self.manners = dict(manners or {})
         self.max_rows, self.max_queue, self.merged = max_rows, max_queue, merged
         self._guess, self._said = guess, said or Said()
-        self._phrases: dict[str, Phrases] = {}  # by persona, of the version that was loaded last
+        self._phrases: dict[tuple[str, str], Phrases] = {}  # (persona, version) -> what its answers say often
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
         self._prefix_bytes = prefix_mb * 2**20
@@ -136,7 +139,7 @@ class PersonaEngine:
         """
         if version not in self.held(persona):
             raise self._unknown(persona, version)
-        self._between_steps(partial(self._slots.settle, persona, version, beside), alone=False)
+        self._between_steps(partial(self._settle, persona, version, beside), alone=False)
 
     def held(self, persona: str) -> tuple[str, ...]:
         """The versions of a persona that requests can have."""
@@ -241,9 +244,17 @@ class PersonaEngine:
         )
         room = min(request.max_tokens, self.base.context_tokens - len(prompt))
         random = sampling.generator(request, self.base.device)
-        phrases = [found for p in sorted(request.gate, key=lambda p: -request.gate[p]) if (found := self._phrases.get(p))]
-        lookup = Lookup(prompt, self._said, phrases) if self._guess else None
+        lookup = Lookup(prompt, self._said, self._phrases_for(request)) if self._guess else None
         return Answer(request, prompt, room, self.base.tokenizer, self.base.stop_ids, loop, random, lookup)
+
+    def _phrases_for(self, request: GenerateRequest) -> list[Phrases]:
+        """Of the versions that will answer, as far as that is known before they begin; the heaviest persona's first."""
+        found = []
+        for persona in sorted(request.gate, key=lambda p: -request.gate[p]):
+            wanted, current = request.versions.get(persona, ""), self._versions.get(persona, "")
+            if phrases := self._phrases.get((persona, wanted)) or self._phrases.get((persona, current)):
+                found.append(phrases)
+        return found
 
     # -- the model's thread ---------------------------------------------------------------------------------------------------------------
 
@@ -274,10 +285,14 @@ class PersonaEngine:
             self._work.clear()
 
     def _warm_up(self) -> None:
-        """Let the libraries set themselves up before the first request, which would wait for it."""
-        self._decoder.open(0, {})
-        self._decoder.prefill(0, [0, 0])
-        self._decoder.step([[0]])
+        """Let the libraries set themselves up, and this thread get the memory that a chunk takes, before the first request, which would wait for it."""
+        for tokens in WARM_UP_TOKENS:
+            began = time.monotonic()
+            self._decoder.open(0, {})
+            self._decoder.prefill(0, [0] * min(tokens, self.base.context_tokens - 1))
+            self._decoder.step([[0]])
+            if time.monotonic() - began > WARM_UP_S:
+                break  # a large base, whose requests will not notice
         self._decoder.close(0)
 
     def _wait(self) -> bool:
@@ -309,29 +324,40 @@ class PersonaEngine:
             self._merged_version[persona] = version
         else:
             self._slots.load(persona, adapter, version, current=current)
-        self._phrases[persona] = phrases
+        self._phrases[persona, version] = phrases
+        self._forget_phrases(persona)
+
+    def _settle(self, persona: str, version: str, beside: Collection[str]) -> None:
+        self._slots.settle(persona, version, beside)
+        self._forget_phrases(persona)
+
+    def _forget_phrases(self, persona: str) -> None:
+        """Those of versions that are not held any more."""
+        held = self.held(persona)
+        for key in [(p, v) for p, v in self._phrases if p == persona and v not in held]:
+            del self._phrases[key]
 
     def _unload(self, persona: str) -> None:
         self._merged_version.pop(persona, None)
-        self._phrases.pop(persona, None)
         self._slots.unload(persona)
+        self._forget_phrases(persona)
 
     def _admit(self) -> None:
         """Give a waiting request a row, unless one is still reading its prompt, or something waits for the rows to end."""
-        if not self._waiting or len(self._rows) >= self.max_rows or self._reading or self._work:
+        while self._waiting and len(self._rows) < self.max_rows and not (self._reading or self._work):
+            row = self._waiting.popleft()
+            if row.cancelled:
+                continue
+            if gone := [p for p in row.request.gate if p not in self._versions]:
+                self._outbox.put(row, self._unknown(gone[0]))
+                continue
+            if self._merge:
+                row.versions = dict(self._merged_version)
+            else:
+                row.versions, row.gate = self._slots.take(row.request.gate, row.request.versions)
+            self._rows.append(row)
+            self._decoder.open(len(self._rows) - 1, row.gate)
             return
-        row = self._waiting.popleft()
-        if row.cancelled:
-            return
-        if gone := [p for p in row.request.gate if p not in self._versions]:
-            self._outbox.put(row, self._unknown(gone[0]))
-            return
-        if self._merge:
-            row.versions = dict(self._merged_version)
-        else:
-            row.versions, row.gate = self._slots.take(row.request.gate, row.request.versions)
-        self._rows.append(row)
-        self._decoder.open(len(self._rows) - 1, row.gate)
 
     @property
     def _reading(self) -> bool:
@@ -340,11 +366,13 @@ class PersonaEngine:
     def _read_prompts(self) -> None:
         """Admit requests and read their prompts until as much was read as the rows in flight can wait for."""
         left = CHUNK_TOKENS
-        while left > 0:
+        # A small rest is left: a pass over the weights for a few tokens costs as much as for LEAST_TOKENS.
+        while left >= min(LEAST_TOKENS, CHUNK_TOKENS):
             self._admit()
             if not self._reading:
                 return
             left -= max(LEAST_TOKENS, self._feed(left))
+            self._outbox.send(len(self._rows))
 
     def _feed(self, most: int) -> int:
         """Give the row that reads its prompt the next chunk of it, from memory where it is known, and its first token after the last one.
@@ -354,10 +382,12 @@ class PersonaEngine:
         place, row = len(self._rows) - 1, self._rows[-1]
         recalled = 0
         if row.fed == row.recalled:
-            known = self._prefixes.recall(place, row.gate, row.prompt, most * RECALL_TOKENS // CHUNK_TOKENS)
+            room = most * RECALL_TOKENS // CHUNK_TOKENS
+            known = self._prefixes.recall(place, row.gate, row.prompt, room)
             row.fed = row.recalled = row.fed + known
             recalled = known * CHUNK_TOKENS // RECALL_TOKENS
-            if recalled >= most:
+            if known and known > room - BLOCK_TOKENS:
+                # More of it may be known.
                 return recalled
         chunk = row.prompt[row.fed : row.fed + most - recalled]
         try:

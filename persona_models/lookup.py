@@ -53,7 +53,7 @@ class Phrases:
 
     def find(self, cue: Cue) -> Found | None:
         """The first phrase that says the cue, and where in it what follows stands."""
-        cues, places = self._cues[len(cue)]
+        cues, places = self._cues.get(len(cue), ((), ()))
         number = _number(cue)
         i = bisect_left(cues, number)
         if i == len(cues) or cues[i] != number:
@@ -126,7 +126,7 @@ class Lookup:
     def __init__(self, prompt: Sequence[int], said: Said, phrases: Sequence[Phrases] = ()) -> None:
         self._tokens: list[int] = []
         self._said = said
-        self._elsewhere = (*phrases, said)
+        self._elsewhere: tuple[Phrases | Said, ...] = (*phrases, said)
         self._answer: _Answer | None = None
         self._after: dict[Cue, int] = {}  # cue -> where its first successor stands
         self._chance = FIRST_CHANCE

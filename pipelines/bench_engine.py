@@ -5,6 +5,7 @@ Ways take turns, so that a slow moment of the machine hits all alike.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import queue
 import statistics
@@ -101,6 +102,7 @@ def _contest(name: str, spec: str, dtype: str, scale: Scale, threads: int, notes
                     if round_ or timing.total_s > ONCE_S:  # the first round warms up
                         found.setdefault(way, {}).setdefault(n, []).append(timing)
         bar.close()
+        gc.unfreeze()
     notes += [f"{name}: {way} at {n} requests left out, over {GIVE_UP_S:.0f} s at fewer" for way, n in sorted(too_slow)]
     rows = _table(name, scale, found)
     if contest.base.device.type == "cuda":

@@ -144,6 +144,8 @@ def finetune(
 
     `work` holds the checkpoint of a run that was cut off, and the finished adapter in `work/adapter`.
     """
+    watched = encode_samples(base, dataset.watch[:WATCHED], manner, settings.max_tokens) if dataset.watch else []
+    samples = encode_samples(base, dataset.train, manner, settings.max_tokens)
     torch.manual_seed(settings.seed)
     config = peft_config(settings, base.model)
     # Some methods start from a decomposition of the weights that they adapt, and write into them.
@@ -157,8 +159,6 @@ def finetune(
     if checkpoint.exists() and not belongs(checkpoint, identity):
         # Of a run that was cut off and then asked for with other data or settings.
         checkpoint.unlink()
-    watched = encode_samples(base, dataset.watch[:WATCHED], manner, settings.max_tokens) if dataset.watch else []
-    samples = encode_samples(base, dataset.train, manner, settings.max_tokens)
     try:
         history = train(
             model,
@@ -193,8 +193,9 @@ def finetune(
 
 
 def phrases(base: BaseModel, samples: Sequence[Encoded]) -> list[str]:
-    """What several of the samples' answers say, for the engine to guess from: the contents of an adapter's PHRASES."""
-    answers = [[label for label in labels if label >= 0] for _, labels in samples]
+    """What the answers to several of these requests say, for the engine to guess from: the contents of an adapter's PHRASES."""
+    by_request = {tuple(ids): [label for label in labels if label >= 0] for ids, labels in samples}  # the same answer to the same request counts once
+    answers = list(by_request.values())
     return [base.tokenizer.decode(phrase, clean_up_tokenization_spaces=False) for phrase in often_said(answers)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from persona_models import fused
 from persona_models.adapters import read_adapter
 from persona_models.base_model import load_base
 from persona_models.decoder import TransformersDecoder
@@ -113,10 +114,11 @@ async def test_an_answer_may_be_guessed_up_to_the_end_of_the_context(tmp_path, t
     await engine.close()
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize(("heads", "many"), [(1, 64), (2, 64), (4, 64), (1, 1), (2, 1), (4, 1)])
 @torch.inference_mode()
-def test_several_tokens_in_a_step_are_as_one_after_the_other(heads, tmp_path, tiny_tokenizer):
-    """Both decoders, rows of different lengths and adapters, of which some tokens are taken back."""
+def test_several_tokens_in_a_step_are_as_one_after_the_other(heads, many, tmp_path, tiny_tokenizer, monkeypatch):
+    """Both decoders, rows of different lengths and adapters, of which some tokens are taken back; scores as of few rows and as of many."""
+    monkeypatch.setattr(fused, "MANY", many)
     folder = shared.save_tiny("llama", tmp_path / "base", tiny_tokenizer, num_key_value_heads=heads)
     base = load_base(str(folder), device="cpu")
     bank = LoraBank(base.model)
@@ -126,18 +128,18 @@ def test_several_tokens_in_a_step_are_as_one_after_the_other(heads, tmp_path, ti
     gates = ({"all": 1.0}, {}, {"some": 0.5, "all": 0.5})
     texts = [list(range(5, 5 + n)) for n in (40, 3, 17)]
     for kind in (FusedDecoder, TransformersDecoder):
-        one, many = kind(base.model, bank, 4, 128), kind(base.model, bank, 4, 128)
+        one, several = kind(base.model, bank, 4, 128), kind(base.model, bank, 4, 128)
         for row, (gate, text) in enumerate(zip(gates, texts, strict=True)):
-            for decoder in (one, many):
+            for decoder in (one, several):
                 decoder.open(row, gate)
                 decoder.prefill(row, text)
         for width, kept in ((4, (4, 1, 2)), (2, (1, 2, 2)), (7, (7, 7, 7)), (1, (1, 1, 1))):
             tokens = [[20 + row + i for i in range(width)] for row in range(3)]
-            lengths = list(many.cache.lengths[:3])
-            got = many.step(tokens)
+            lengths = list(several.cache.lengths[:3])
+            got = several.step(tokens)
             assert got.shape[:2] == (3, width)
             for row, n in enumerate(kept):
-                many.cache.cut(row, lengths[row] + n)
+                several.cache.cut(row, lengths[row] + n)
             # One after the other: rows that keep fewer tokens are fed something, and it is taken back.
             for i in range(width):
                 want = one.step([[t[i]] for t in tokens])

@@ -105,6 +105,7 @@ async def test_what_a_failed_reading_left_is_not_remembered(tiny_base_folder, mo
     monkeypatch.setattr(engine_module, "CHUNK_TOKENS", BLOCK_TOKENS)
     base = load_base(str(tiny_base_folder), device="cpu")
     engine = PersonaEngine(base)
+    engine._between_steps(lambda: None, alone=False)  # the engine has warmed up
     messages = [Message("user", "vpn")]
     whole = engine._decoder.prefill
 
