@@ -29,8 +29,8 @@ LEAST_CHANCE = 0.2
 FIRST_CHANCE, MEMORY, PATIENCE = 0.9, 0.9, 0.005
 # No row guesses more tokens than these, by the rows there are; the cache has room for no more (row_cache.SPARE). All rows of a step try as many: what
 # the row has that stands this far down from the one that has most, the others with anything.
-MOST_GUESSES = ((2, 15), (8, 9), (1_000_000, 5))
-GUESSING = 0.7
+MOST_GUESSES = ((2, 15), (8, 9), (24, 7), (1_000_000, 5))
+GUESSING = 0.8
 
 Cue = tuple[int, ...]
 Found = tuple[Sequence[int], int]  # tokens, and where among them stands what may come next

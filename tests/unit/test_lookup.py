@@ -259,7 +259,8 @@ def test_a_step_tries_what_most_rows_have():
     assert guesses(rows(known, known, unknown)) == [known[3:12], known[3:12], [0] * 9]
     assert guesses(rows(known, unknown)) == [alone[:15], [0] * len(alone)]
     assert guesses(rows(known, unknown, unknown)) == [[], [], []]
-    assert guesses(rows(*[known] * 16)) == [[3, 4, 5, 6, 7]] * 16
+    assert guesses(rows(*[known] * 16)) == [[3, 4, 5, 6, 7, 8, 9]] * 16
+    assert guesses(rows(*[known] * 25)) == [[3, 4, 5, 6, 7]] * 25
     assert guesses(rows(unknown)) == [[]]
 
 
