@@ -182,7 +182,7 @@ def bench_gateway(config: Any) -> list[dict[str, Any]]:
 
 
 # Clients of the served benchmark, how many answers each asks for, one after the other, in a round, and the rounds that count (one more warms up).
-CLIENTS, ANSWERS, ROUNDS = 16, 4, 5
+CLIENTS, ANSWERS, ROUNDS = 16, 4, 9
 
 
 def _bench_served(config: Any, url: str) -> list[dict[str, Any]]:
