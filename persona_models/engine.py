@@ -26,7 +26,7 @@ from persona_models.base_model import BaseModel
 from persona_models.decoder import make_decoder
 from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
 from persona_models.gated_lora import LoraBank, Merge
-from persona_models.lookup import Lookup, Phrases, Said, guesses
+from persona_models.lookup import Lookup, PhraseBook, Phrases, Said, guesses
 from persona_models.outbox import Outbox
 from persona_models.prefixes import BLOCK_TOKENS, Prefixes
 from persona_models.prompt import fit_prompt
@@ -39,7 +39,7 @@ CHUNK_TOKENS, LEAST_TOKENS = 256, 32
 # Tokens of a known beginning that are copied in the same time.
 RECALL_TOKENS = 1024
 # Prompts that an engine reads before the first request, as long as one takes no more than this.
-WARM_UP_TOKENS, WARM_UP_S = (2, 32, 256), 0.2
+WARM_UP_TOKENS, WARM_UP_S = (2, 32, 240), 0.2
 CLOSING = "the engine is shutting down; try again shortly"
 
 
@@ -82,7 +82,7 @@ class PersonaEngine:
         self.manners = dict(manners or {})
         self.max_rows, self.max_queue, self.merged = max_rows, max_queue, merged
         self._guess, self._said = guess, said or Said()
-        self._phrases: dict[tuple[str, str], Phrases] = {}  # (persona, version) -> what its answers say often
+        self._phrases = PhraseBook()
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
         self._prefix_bytes = prefix_mb * 2**20
@@ -244,17 +244,9 @@ class PersonaEngine:
         )
         room = min(request.max_tokens, self.base.context_tokens - len(prompt))
         random = sampling.generator(request, self.base.device)
-        lookup = Lookup(prompt, self._said, self._phrases_for(request)) if self._guess else None
+        phrases = self._phrases.wanted(request.gate, request.versions, self._versions)
+        lookup = Lookup(prompt, self._said, phrases) if self._guess else None
         return Answer(request, prompt, room, self.base.tokenizer, self.base.stop_ids, loop, random, lookup)
-
-    def _phrases_for(self, request: GenerateRequest) -> list[Phrases]:
-        """Of the versions that will answer, as far as that is known before they begin; the heaviest persona's first."""
-        found = []
-        for persona in sorted(request.gate, key=lambda p: -request.gate[p]):
-            wanted, current = request.versions.get(persona, ""), self._versions.get(persona, "")
-            if phrases := self._phrases.get((persona, wanted)) or self._phrases.get((persona, current)):
-                found.append(phrases)
-        return found
 
     # -- the model's thread ---------------------------------------------------------------------------------------------------------------
 
@@ -324,23 +316,17 @@ class PersonaEngine:
             self._merged_version[persona] = version
         else:
             self._slots.load(persona, adapter, version, current=current)
-        self._phrases[persona, version] = phrases
-        self._forget_phrases(persona)
+        self._phrases.add(persona, version, phrases)
+        self._phrases.retain(persona, self.held(persona))
 
     def _settle(self, persona: str, version: str, beside: Collection[str]) -> None:
         self._slots.settle(persona, version, beside)
-        self._forget_phrases(persona)
-
-    def _forget_phrases(self, persona: str) -> None:
-        """Those of versions that are not held any more."""
-        held = self.held(persona)
-        for key in [(p, v) for p, v in self._phrases if p == persona and v not in held]:
-            del self._phrases[key]
+        self._phrases.retain(persona, self.held(persona))
 
     def _unload(self, persona: str) -> None:
         self._merged_version.pop(persona, None)
         self._slots.unload(persona)
-        self._forget_phrases(persona)
+        self._phrases.retain(persona, ())
 
     def _admit(self) -> None:
         """Give a waiting request a row, unless one is still reading its prompt, or something waits for the rows to end."""

@@ -146,8 +146,7 @@ async def test_a_version_answers_with_its_own_phrases_and_takes_them_along(tiny_
     engine = PersonaEngine(base)
 
     def known(**versions: str) -> list[int]:
-        found = engine._phrases_for(GenerateRequest("r", (Message("user", "vpn"),), {"field": 1.0}, versions=versions))
-        return [phrases.find((1, 2))[0][2] for phrases in found]
+        return [phrases.find((1, 2))[0][2] for phrases in engine._phrases.wanted({"field": 1.0}, versions, engine._versions)]
 
     for version, token in (("1", 10), ("2", 20)):
         engine.load_adapter("field", replace(plain, phrases=((1, 2, token),)), version, current=version == "1")
@@ -157,7 +156,7 @@ async def test_a_version_answers_with_its_own_phrases_and_takes_them_along(tiny_
     engine.load_adapter("field", replace(plain, phrases=((1, 2, 30),)), "3")
     assert (known(), known(field="1")) == ([30], [30])
     engine.unload_adapter("field")
-    assert not engine._phrases
+    assert not engine._phrases._of
     await engine.close()
 
 
