@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from persona_models.base_model import BUILTIN_FOLDER, BaseModel
 from persona_models.errors import AdapterError
 from persona_models.gated_lora import linear_shape
+from persona_models.lookup import Phrases
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Written beside PEFT's files by our pipeline: which base the adapter was made for, and how.
@@ -34,11 +35,11 @@ MAX_RANK = 256
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter: factors by module name, A (r, in) and B (r, out), with alpha / r folded into B; and tokens of what its answers say often."""
+    """A checked adapter: factors by module name, A (r, in) and B (r, out), with alpha / r folded into B; and what its answers say often."""
 
     rank: int
     factors: dict[str, tuple[Tensor, Tensor]]
-    phrases: tuple[tuple[int, ...], ...] = ()
+    phrases: Phrases = field(default_factory=Phrases)
 
 
 def builtin_adapter(persona: str) -> Path | None:
@@ -98,26 +99,26 @@ def read_adapter(folder: Path, base: BaseModel) -> Adapter:
     return Adapter(max(a.shape[0] for a, _ in factors.values()), factors, _read_phrases(folder, base))
 
 
-def _read_phrases(folder: Path, base: BaseModel) -> tuple[tuple[int, ...], ...]:
-    """The phrases that lie beside an adapter, as tokens, the first MOST_PHRASE_TOKENS of them."""
+def _read_phrases(folder: Path, base: BaseModel) -> Phrases:
+    """The phrases that lie beside an adapter, the first MOST_PHRASE_TOKENS of them."""
     path = folder / PHRASES
-    phrases: list[tuple[int, ...]] = []
+    phrases: list[list[int]] = []
     room = MOST_PHRASE_TOKENS
     try:
         texts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(texts, list):
             raise ValueError("no list")
         for text in texts:
-            phrase = tuple(base.tokenizer.encode(text, add_special_tokens=False))
+            phrase = base.tokenizer.encode(text, add_special_tokens=False)
             room -= len(phrase)
             if room < 0:
                 break
             phrases.append(phrase)
     except FileNotFoundError:
-        return ()
+        return Phrases()
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise AdapterError(f"{path} is no list of texts ({e}); retrain the persona, or delete the file, which only makes answers faster") from None
-    return tuple(phrases)
+    return Phrases(phrases)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from persona_models.base_model import BaseModel
 from persona_models.decoder import make_decoder
 from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
 from persona_models.gated_lora import LoraBank, Merge
-from persona_models.lookup import Lookup, PhraseBook, Phrases, Said, guesses
+from persona_models.lookup import Lookup, Phrases, Said, guesses
 from persona_models.outbox import Outbox
 from persona_models.prefixes import BLOCK_TOKENS, Prefixes
 from persona_models.prompt import fit_prompt
@@ -82,7 +82,6 @@ class PersonaEngine:
         self.manners = dict(manners or {})
         self.max_rows, self.max_queue, self.merged = max_rows, max_queue, merged
         self._guess, self._said = guess, said or Said()
-        self._phrases = PhraseBook()
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
         self._prefix_bytes = prefix_mb * 2**20
@@ -90,6 +89,7 @@ class PersonaEngine:
         self._slots = AdapterSlots(self._bank)
         # Of a dedicated engine, which has no slots: the persona's one version.
         self._merged_version: dict[str, str] = {}
+        self._merged_phrases = Phrases()
         self._loading: dict[tuple[str, str], Future[None]] = {}
         self._waiting: deque[Answer] = deque()
         self._work: deque[_Work] = deque()
@@ -121,8 +121,7 @@ class PersonaEngine:
             return pending.result()
         try:
             found = adapter() if callable(adapter) else adapter
-            load = partial(self._load, persona, found, version, Phrases(found.phrases), current)
-            self._between_steps(load, alone=self._merge is not None)
+            self._between_steps(partial(self._load, persona, found, version, current), alone=self._merge is not None)
         except BaseException as e:
             mine.set_exception(e)
             raise
@@ -139,7 +138,7 @@ class PersonaEngine:
         """
         if version not in self.held(persona):
             raise self._unknown(persona, version)
-        self._between_steps(partial(self._settle, persona, version, beside), alone=False)
+        self._between_steps(partial(self._slots.settle, persona, version, beside), alone=False)
 
     def held(self, persona: str) -> tuple[str, ...]:
         """The versions of a persona that requests can have."""
@@ -244,8 +243,7 @@ class PersonaEngine:
         )
         room = min(request.max_tokens, self.base.context_tokens - len(prompt))
         random = sampling.generator(request, self.base.device)
-        phrases = self._phrases.wanted(request.gate, request.versions, self._versions)
-        lookup = Lookup(prompt, self._said, phrases) if self._guess else None
+        lookup = Lookup(prompt, self._said) if self._guess else None
         return Answer(request, prompt, room, self.base.tokenizer, self.base.stop_ids, loop, random, lookup)
 
     # -- the model's thread ---------------------------------------------------------------------------------------------------------------
@@ -307,26 +305,20 @@ class PersonaEngine:
         self._decoder = make_decoder(self.base.model, self._bank, self.max_rows, self.base.context_tokens)
         self._prefixes = Prefixes(self._decoder.cache, self._prefix_bytes)
 
-    def _load(self, persona: str, adapter: Adapter, version: str, phrases: Phrases, current: bool) -> None:
+    def _load(self, persona: str, adapter: Adapter, version: str, current: bool) -> None:
         if self._merge:
             if not current:
                 raise WorkError(f"the pool of {persona!r} has its adapter merged into the base and holds one version at a time")
             self._merge.apply(adapter.factors)
             self._make_decoder()
             self._merged_version[persona] = version
+            self._merged_phrases = adapter.phrases
         else:
             self._slots.load(persona, adapter, version, current=current)
-        self._phrases.add(persona, version, phrases)
-        self._phrases.retain(persona, self.held(persona))
-
-    def _settle(self, persona: str, version: str, beside: Collection[str]) -> None:
-        self._slots.settle(persona, version, beside)
-        self._phrases.retain(persona, self.held(persona))
 
     def _unload(self, persona: str) -> None:
         self._merged_version.pop(persona, None)
         self._slots.unload(persona)
-        self._phrases.retain(persona, ())
 
     def _admit(self) -> None:
         """Give a waiting request a row, unless one is still reading its prompt, or something waits for the rows to end."""
@@ -341,6 +333,8 @@ class PersonaEngine:
                 row.versions = dict(self._merged_version)
             else:
                 row.versions, row.gate = self._slots.take(row.request.gate, row.request.versions)
+            if row.lookup:
+                row.lookup.know([self._merged_phrases] if self._merge else self._slots.phrases(row.gate))
             self._rows.append(row)
             self._decoder.open(len(self._rows) - 1, row.gate)
             return

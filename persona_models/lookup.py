@@ -14,7 +14,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 # Tokens that must agree before their successor is a guess; longer ones are tried first.
@@ -59,33 +59,6 @@ class Phrases:
         if i == len(cues) or cues[i] != number:
             return None
         return self._phrases[places[i] >> 32], places[i] & 0xFFFF_FFFF
-
-
-class PhraseBook:
-    """The phrases of every version that an engine holds. Changed by the model's thread, read by any."""
-
-    def __init__(self) -> None:
-        self._of: dict[tuple[str, str], Phrases] = {}  # (persona, version) ->
-
-    def add(self, persona: str, version: str, phrases: Phrases) -> None:
-        """Remember those of a version."""
-        self._of[persona, version] = phrases
-
-    def retain(self, persona: str, versions: Collection[str]) -> None:
-        """Forget those of a persona's other versions."""
-        for key in [(p, v) for p, v in self._of if p == persona and v not in versions]:
-            del self._of[key]
-
-    def wanted(self, gate: Mapping[str, float], versions: Mapping[str, str], current: Mapping[str, str]) -> list[Phrases]:
-        """Of the versions that will answer, as far as that is known before they begin, the heaviest persona's first.
-
-        gate: persona -> weight; versions: persona -> the version that is wanted; current: persona -> the one that answers where that is not held.
-        """
-        found = []
-        for persona in sorted(gate, key=lambda p: -gate[p]):
-            keys = [(persona, of[persona]) for of in (versions, current) if persona in of]
-            found += [phrases for key in keys if (phrases := self._of.get(key))][:1]
-        return found
 
 
 def _number(cue: Sequence[int]) -> int:
@@ -150,16 +123,20 @@ class Lookup:
     """The tokens of one row, prompt and answer, by the ones before them; where its last three stood nowhere, what the persona's `phrases` and then what
     other rows `said` behind the same."""
 
-    def __init__(self, prompt: Sequence[int], said: Said, phrases: Sequence[Phrases] = ()) -> None:
+    def __init__(self, prompt: Sequence[int], said: Said) -> None:
         self._tokens: list[int] = []
         self._said = said
-        self._elsewhere: tuple[Phrases | Said, ...] = (*phrases, said)
+        self._elsewhere: tuple[Phrases | Said, ...] = (said,)
         self._answer: _Answer | None = None
         self._after: dict[Cue, int] = {}  # cue -> where its first successor stands
         self._chance = FIRST_CHANCE
         self._guessed = 0
         for token in prompt:
             self._append(token)
+
+    def know(self, phrases: Sequence[Phrases]) -> None:
+        """Guess from these as well, the first ones first."""
+        self._elsewhere = (*phrases, self._said)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Add tokens of the answer."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 
 from persona_models.adapters import Adapter
 from persona_models.gated_lora import LoraBank
+from persona_models.lookup import Phrases
 
 
 class AdapterSlots:
@@ -19,6 +20,7 @@ class AdapterSlots:
         self.versions: dict[str, str] = {}
         self._slots: dict[str, dict[str, str]] = {}
         self._uses: dict[str, int] = {}
+        self._phrases: dict[str, Phrases] = {}
         self._loads = 0
 
     def held(self, persona: str) -> tuple[str, ...]:
@@ -31,6 +33,7 @@ class AdapterSlots:
         slot = f"{persona}#{self._loads}"
         self._bank.load(slot, adapter.rank, adapter.factors)
         self._uses[slot] = 0
+        self._phrases[slot] = adapter.phrases
         slots = self._slots.setdefault(persona, {})
         old = slots.get(version)
         slots[version] = slot
@@ -60,6 +63,10 @@ class AdapterSlots:
             self._uses[slot] += 1
         return versions, slots
 
+    def phrases(self, slots: Mapping[str, float]) -> list[Phrases]:
+        """What the answers of slots that are in use say often, the heaviest slot's first; slots: name -> weight."""
+        return [self._phrases[slot] for slot in sorted(slots, key=lambda s: -slots[s])]
+
     def give_back(self, slots: Collection[str]) -> None:
         """A row that had these slots has ended."""
         held = {slot for versions in self._slots.values() for slot in versions.values()}
@@ -71,4 +78,4 @@ class AdapterSlots:
     def _release(self, slot: str) -> None:
         if self._uses[slot] == 0:
             self._bank.unload(slot)
-            del self._uses[slot]
+            del self._uses[slot], self._phrases[slot]

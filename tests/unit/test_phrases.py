@@ -105,23 +105,29 @@ def test_phrases_come_after_the_prompt_and_before_others_answers():
     said = Said()
     Lookup([9], said).extend([1, 2, 3, 4])
     phrases = [Phrases([[1, 2, 3, 5, 6]]), Phrases([[1, 2, 3, 7]])]
+
+    def knowing(prompt: list[int]) -> Lookup:
+        lookup = Lookup(prompt, said)
+        lookup.know(phrases)
+        return lookup
+
     assert Lookup([1, 2, 3], said).guess(3) == [4]
-    assert Lookup([1, 2, 3], said, phrases).guess(3) == [5, 6]
-    assert Lookup([1, 2, 3, 8, 1, 2, 3], said, phrases).guess(2) == [8, 1]
-    assert Lookup([0, 1, 2], said, phrases).guess(1) == [3]
+    assert knowing([1, 2, 3]).guess(3) == [5, 6]
+    assert knowing([1, 2, 3, 8, 1, 2, 3]).guess(2) == [8, 1]
+    assert knowing([0, 1, 2]).guess(1) == [3]
 
 
-async def test_an_answer_that_its_persona_was_known_to_give_takes_fewer_steps_and_is_the_same(tiny_base_folder, tmp_path):
+@pytest.mark.parametrize("merged", [None, "field"])
+async def test_an_answer_that_its_persona_was_known_to_give_takes_fewer_steps_and_is_the_same(merged, tiny_base_folder, tmp_path):
     base = load_base(str(tiny_base_folder), device="cpu")
     base.stop_ids = frozenset()
     plain = read_adapter(shared.save_adapter(tiny_base_folder, tmp_path / "a", seed=3), base)
     request = GenerateRequest("r", (Message("user", "the printer smokes"),), {"field": 1.0}, max_tokens=60, temperature=2.0, seed=5)
-    engine = PersonaEngine(base, said=Said(0))
-    step, steps, tokens = engine._decoder.step, [], []
-    engine._decoder.step = lambda rows: (steps.append(len(rows[0])), step(rows))[1]
-    take = engine._take
+    engine = PersonaEngine(base, merged=merged, said=Said(0))
+    take, steps, tokens = engine._take, [], []
 
     def taken(row, *args):
+        steps.append(len(row.tokens))
         tokens[:] = row.tokens
         return take(row, *args)
 
@@ -129,7 +135,7 @@ async def test_an_answer_that_its_persona_was_known_to_give_takes_fewer_steps_an
     found = []
     for phrases in ((), None, ()):
         # What is sampled at this temperature comes no second time by itself.
-        known = plain if phrases == () else replace(plain, phrases=(tuple(tokens),))
+        known = plain if phrases == () else replace(plain, phrases=Phrases([tokens]))
         engine.load_adapter("field", known, str(len(found)))
         steps.clear()
         text = "".join([e.text async for e in engine.generate(request)])
@@ -146,30 +152,33 @@ async def test_a_version_answers_with_its_own_phrases_and_takes_them_along(tiny_
     engine = PersonaEngine(base)
 
     def known(**versions: str) -> list[int]:
-        return [phrases.find((1, 2))[0][2] for phrases in engine._phrases.wanted({"field": 1.0}, versions, engine._versions)]
+        _, gate = engine._slots.take({"field": 1.0}, versions)
+        found = [phrases.find((1, 2))[0][2] for phrases in engine._slots.phrases(gate)]
+        engine._slots.give_back(gate)
+        return found
 
     for version, token in (("1", 10), ("2", 20)):
-        engine.load_adapter("field", replace(plain, phrases=((1, 2, token),)), version, current=version == "1")
+        engine.load_adapter("field", replace(plain, phrases=Phrases([(1, 2, token)])), version, current=version == "1")
     assert (known(), known(field="2"), known(field="gone")) == ([10], [20], [10])
     engine.settle("field", "1")
     assert (known(), known(field="2")) == ([10], [10])
-    engine.load_adapter("field", replace(plain, phrases=((1, 2, 30),)), "3")
+    engine.load_adapter("field", replace(plain, phrases=Phrases([(1, 2, 30)])), "3")
     assert (known(), known(field="1")) == ([30], [30])
     engine.unload_adapter("field")
-    assert not engine._phrases._of
+    assert not engine._slots._phrases
     await engine.close()
 
 
 def test_phrases_beside_an_adapter_are_read_as_tokens(tiny_base_folder, tmp_path, monkeypatch):
     base = load_base(str(tiny_base_folder), device="cpu")
     folder = shared.save_adapter(tiny_base_folder, tmp_path / "a", seed=1)
-    assert read_adapter(folder, base).phrases == ()
+    assert not read_adapter(folder, base).phrases._phrases
     texts = ["Please restart it.\n", " and sign in again"]
     (folder / PHRASES).write_text(json.dumps(texts))
-    got = read_adapter(folder, base).phrases
+    got = read_adapter(folder, base).phrases._phrases
     assert [base.tokenizer.decode(phrase) for phrase in got] == texts
     monkeypatch.setattr(adapters, "MOST_PHRASE_TOKENS", len(got[0]) + 1)
-    assert read_adapter(folder, base).phrases == got[:1]
+    assert read_adapter(folder, base).phrases._phrases == got[:1]
     for broken in (b"{", b'{"a": 1}', b"[1]", b"\xff", b'["\\ud800"]', b"[" * 100_000):
         (folder / PHRASES).write_bytes(broken)
         with pytest.raises(AdapterError, match=r"phrases\.json is no list of texts .*retrain the persona, or delete the file"):

@@ -75,7 +75,7 @@ def test_from_tickets_to_a_registered_champion(retrained, long_base_folder, caps
     adapter = read_adapter(found.folder, base)
     assert adapter.rank == 2
     train = [json.loads(line)["answer"] for line in (load_config().state / "work" / "field" / "dataset" / "train.jsonl").read_text().splitlines()]
-    said = [base.tokenizer.decode(phrase, skip_special_tokens=True) for phrase in adapter.phrases]
+    said = [base.tokenizer.decode(phrase, skip_special_tokens=True) for phrase in adapter.phrases._phrases]
     assert said
     assert all(any(phrase in answer for answer in train) for phrase in said)
 
