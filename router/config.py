@@ -111,8 +111,8 @@ class Generation(Section):
     )
     lookup: bool = Field(
         True,
-        description="try several tokens a step where an answer repeats its prompt or other answers, of which the last 32,768 tokens are kept in "
-        "memory; false: none are kept. What an answer says stays the same, up to rounding",
+        description="try several tokens a step where an answer repeats its prompt, its persona's training or other answers, of which the last 32,768 "
+        "tokens are kept in memory; false: none are kept. What an answer says stays the same, up to rounding",
     )
     engine: Literal["model", "fake"] = Field("model", description="fake: a deterministic stand-in without weights, for trying clients")
 
