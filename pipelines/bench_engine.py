@@ -32,9 +32,10 @@ RANK = 8
 
 @dataclass(frozen=True)
 class Scale:
-    """What is run on one base: tokens an answer, loads, rounds that count (one more warms up), and whether the engine is only run bare."""
+    """What is run on one base: tokens of every answer (None: as many as each has, see Contest), loads, rounds that count (one more warms up), and whether
+    the engine is only run bare."""
 
-    tokens: int
+    tokens: int | None
     loads: tuple[int, ...]
     rounds: int
     bare: bool = False
@@ -58,11 +59,11 @@ def bench_engine(config: Any, spec: str | None = None) -> Iterator[tuple[list[di
 def _bases(spec: str) -> Iterator[tuple[str, str, Scale]]:
     with tempfile.TemporaryDirectory() as folder:
         if torch.cuda.is_available():
-            yield spec, spec, Scale(64, (1, 16, 64), 3)
+            yield spec, spec, Scale(None, (1, 16, 64), 3)
             for name in ("qwen2.5-0.5b", "qwen2.5-7b"):
                 yield f"{name}, random", save_random(name, Path(folder) / name), Scale(64, (1, 16, 64), 2, bare=True)
         else:
-            yield spec, spec, Scale(128, (1, 4, 16, 64), 3)
+            yield spec, spec, Scale(None, (1, 4, 16, 64), 3)
             yield "llama-100m, random", save_random("llama-100m", Path(folder) / "llama"), Scale(32, (1, 4, 16), 1, bare=True)
 
 
@@ -104,7 +105,7 @@ def _contest(name: str, spec: str, dtype: str, scale: Scale, threads: int, notes
         bar.close()
         gc.unfreeze()
     notes += [f"{name}: {way} at {n} requests left out, over {GIVE_UP_S:.0f} s at fewer" for way, n in sorted(too_slow)]
-    rows = _table(name, scale, found)
+    rows = _table(name, contest, found)
     if contest.base.device.type == "cuda":
         alone = next(r for r in rows if r["way"] == _like("engine, base" + BARE, found) and r["requests"] == 1)
         alone["of memory's speed"] = round(contest.bytes_per_token() / copy_bytes_per_s(contest.base.device) / (alone["per token p50 ms"] / 1000), 3)
@@ -168,8 +169,8 @@ def _status_kb(key: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith(key + ":")), 0)
 
 
-def _table(name: str, scale: Scale, found: dict[str, dict[int, list[Timing]]]) -> list[dict[str, Any]]:
-    rate = {way: {n: statistics.median(n * scale.tokens / t.total_s for t in ts) for n, ts in by_load.items()} for way, by_load in found.items()}
+def _table(name: str, contest: Contest, found: dict[str, dict[int, list[Timing]]]) -> list[dict[str, Any]]:
+    rate = {way: {n: statistics.median(contest.tokens(n) / t.total_s for t in ts) for n, ts in by_load.items()} for way, by_load in found.items()}
     rows = []
     for way, by_load in found.items():
         for n, timings in by_load.items():

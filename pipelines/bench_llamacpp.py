@@ -141,10 +141,10 @@ def server(base: BaseModel, adapters: Sequence[Adapter], folder: Path, threads: 
         process.wait(20)
 
 
-def answers(url: str, prompts: Sequence[Sequence[int]], adapter_of: Sequence[int | None], tokens: int) -> list[Mapping[str, Any]]:
-    """What the server says to all prompts at once, each with one adapter or none; its `tokens`, `timings` and the seconds `took_s`."""
+def answers(url: str, prompts: Sequence[Sequence[int]], adapter_of: Sequence[int | None], lengths: Sequence[int]) -> list[Mapping[str, Any]]:
+    """What the server says to all prompts at once, each with one adapter or none, in so many tokens; its `tokens`, `timings` and the seconds `took_s`."""
 
-    def one(prompt: Sequence[int], adapter: int | None) -> Mapping[str, Any]:
+    def one(prompt: Sequence[int], adapter: int | None, tokens: int) -> Mapping[str, Any]:
         body = {
             "prompt": list(prompt),
             "n_predict": tokens,
@@ -159,4 +159,4 @@ def answers(url: str, prompts: Sequence[Sequence[int]], adapter_of: Sequence[int
         return found | {"took_s": time.perf_counter() - began}
 
     with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(one, prompts, adapter_of))
+        return list(pool.map(one, prompts, adapter_of, lengths))

@@ -1,4 +1,4 @@
-"""The ways to serve several adapters of one base: the engine's, peft's, transformers', llama.cpp's, all giving the same prompts' answers the same length.
+"""The ways to serve several adapters of one base: the engine's, peft's, transformers', llama.cpp's, all giving each prompt's answer the same length.
 
 Needs torch, transformers and peft alone. One thread at a time computes: a second pool of OpenMP threads in the process would slow the first (see
 PersonaEngine).
@@ -54,17 +54,25 @@ Way = Callable[[int], Timing]  # concurrent requests -> what they took
 class Contest:
     """One base, its adapters, and every way to serve them. Close it to drop the models."""
 
-    def __init__(self, spec: str, dtype: str, tokens: int, threads: int, *, bare: bool = False) -> None:
-        """bare: the engine guesses no tokens and remembers no prompts, whichever way it is used."""
-        self.tokens, self.threads, self.bare = tokens, threads, bare
+    def __init__(self, spec: str, dtype: str, tokens: int | None, threads: int, *, bare: bool = False) -> None:
+        """tokens: of every answer; None: as many as each request's answer has, so that a static batch runs until its longest has ended.
+
+        bare: the engine guesses no tokens and remembers no prompts, whichever way it is used.
+        """
+        self.lengths = [tokens or asked.tokens for asked in REQUESTS]
+        self.threads, self.bare = threads, bare
         self.base: BaseModel = load_base(spec, dtype=dtype)
-        self.base.stop_ids = frozenset()  # every answer as long as asked, so that all ways do the same work
+        self.base.stop_ids = frozenset()  # every answer as long as asked for, so that all ways do the same work
         self.spec, self.dtype = spec, dtype
-        self.shipped = [f for p, _, _ in REQUESTS if spec == BUILTIN and (f := builtin_adapter(p))]
+        self.shipped = [f for asked in REQUESTS[:PERSONAS] if spec == BUILTIN and (f := builtin_adapter(asked.persona))]
         self.adapters = [read_adapter(f, self.base) for f in self.shipped]
         # The engine knows the further ones from the first by nothing but their names, and their answers are as sensible.
         self.adapters = [self.adapters[i % len(self.adapters)] if self.adapters else made_up(self.base, i) for i in range(FURTHER)]
         self.articles = articles()
+
+    def tokens(self, n: int) -> int:
+        """Tokens of the answers to n requests."""
+        return sum(self._length(i) for i in range(n))
 
     # -- ours --------------------------------------------------------------------------------------------------------------------------
 
@@ -104,7 +112,7 @@ class Contest:
         async def one(i: int) -> None:
             await asyncio.sleep(STAGGER_S * i)
             asked = time.perf_counter()
-            request = GenerateRequest(str(i), _messages(i), gate_of(i), self.articles[i % len(self.articles)], self.tokens)
+            request = GenerateRequest(str(i), _messages(i), gate_of(i), self.articles[i % len(REQUESTS)], self._length(i))
             first = 0.0
             async for event in engine.generate(request):
                 first = first or time.perf_counter()
@@ -133,7 +141,7 @@ class Contest:
         def run(n: int) -> Timing:
             whole = Timing(0.0)
             for p in range(min(PERSONAS, n)):
-                part = self._generated(use(p), range(p, n, PERSONAS), n, {})
+                part = self._generated(use(p), [i for i in range(n) if _persona(i) == p], n, {})
                 whole.first_s += [whole.total_s + s for s in part.first_s]
                 whole.token_s += part.token_s
                 whole.total_s += part.total_s
@@ -143,6 +151,7 @@ class Contest:
 
     def _generated(self, model: Any, which: Sequence[int], n: int, kwargs: dict[str, Any]) -> Timing:
         ids = [self._prompt(i) for i in which]
+        longest = max(self._length(i) for i in which)
         batch = self.base.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(self.base.device)
         steps: list[float] = []
 
@@ -154,8 +163,8 @@ class Contest:
         with torch.inference_mode():
             model.generate(
                 **batch,
-                min_new_tokens=self.tokens,
-                max_new_tokens=self.tokens,
+                min_new_tokens=longest,
+                max_new_tokens=longest,
                 do_sample=False,
                 logits_processor=[clock],
                 eos_token_id=None,
@@ -168,12 +177,22 @@ class Contest:
         """transformers' own continuous batching, on the base."""
         from transformers import GenerationConfig
 
-        config = GenerationConfig(max_new_tokens=self.tokens, do_sample=False, eos_token_id=-1, pad_token_id=self.base.tokenizer.pad_token_id)
-
         def run(n: int) -> Timing:
-            ids = [self._prompt(i) for i in range(n)]
+            config = GenerationConfig(
+                max_new_tokens=max(self._length(i) for i in range(n)),
+                do_sample=False,
+                eos_token_id=-1,
+                pad_token_id=self.base.tokenizer.pad_token_id,
+            )
             began = time.perf_counter()
-            model.generate_batch(inputs=ids, generation_config=config, progress_bar=False)
+            with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
+                waiting = {manager.add_request(self._prompt(i), max_new_tokens=self._length(i)) for i in range(n)}
+                while waiting:
+                    said = manager.get_result(timeout=1)
+                    if said and said.is_finished():
+                        waiting.remove(said.request_id)
+                    elif said is None and not manager.is_running():
+                        raise WorkError("transformers' manager stopped")
             return Timing(time.perf_counter() - began)
 
         return run
@@ -186,17 +205,20 @@ class Contest:
         url = stack.enter_context(bench_llamacpp.server(self.base, self.adapters[:PERSONAS], folder, self.threads, 64))
 
         def run(n: int) -> Timing:
-            prompts = [self._prompt(i) for i in range(n)]
+            prompts, lengths = [self._prompt(i) for i in range(n)], [self._length(i) for i in range(n)]
             began = time.perf_counter()
-            said = bench_llamacpp.answers(url, prompts, [i % PERSONAS if mixed else None for i in range(n)], self.tokens)
+            said = bench_llamacpp.answers(url, prompts, [_persona(i) if mixed else None for i in range(n)], lengths)
             total = time.perf_counter() - began
             per_token = [a["timings"]["predicted_per_token_ms"] / 1000 for a in said]
-            return Timing(total, [a["took_s"] - s * (self.tokens - 1) for a, s in zip(said, per_token, strict=True)], per_token)
+            return Timing(total, [a["took_s"] - s * (k - 1) for a, s, k in zip(said, per_token, lengths, strict=True)], per_token)
 
         return run
 
     def _prompt(self, i: int) -> list[int]:
-        return encode_prompt(self.base.tokenizer, _messages(i), document=self.articles[i % len(self.articles)])
+        return encode_prompt(self.base.tokenizer, _messages(i), document=self.articles[i % len(REQUESTS)])
+
+    def _length(self, i: int) -> int:
+        return self.lengths[i % len(REQUESTS)]
 
     def bytes_per_token(self) -> float:
         """What one row's decode step must read: every weight but the embeddings it does not look up, and keys and values of the row so far."""
@@ -205,8 +227,8 @@ class Contest:
             p.numel() * p.element_size() for name, p in model.named_parameters() if "embed_tokens" not in name or config.tie_word_embeddings
         )
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        prompt = len(self._prompt(0))
-        cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize * (prompt + self.tokens / 2)
+        prompt, answer = len(self._prompt(0)), self._length(0)
+        cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize * (prompt + answer / 2)
         return float(weights + cache)
 
     def model(self) -> Any:
@@ -230,12 +252,17 @@ class Contest:
         return model.eval()
 
 
+def _persona(i: int, personas: int = PERSONAS) -> int:
+    """Who asks request i: the one whose words it has, of however many."""
+    return i % len(REQUESTS) % personas
+
+
 def _gate(i: int, personas: int) -> dict[str, float]:
-    return {f"p{i % personas}": 1.0}
+    return {f"p{_persona(i, personas)}": 1.0}
 
 
 def _mixture(i: int) -> dict[str, float]:
-    return {f"p{i % PERSONAS}": 0.6, f"p{(i + 1) % PERSONAS}": 0.4}
+    return {f"p{_persona(i)}": 0.6, f"p{(_persona(i) + 1) % PERSONAS}": 0.4}
 
 
 def _switching(contest: Contest, model: Any) -> Way:
@@ -264,7 +291,7 @@ OURS: dict[str, Callable[[Contest, ExitStack], Way]] = {
 }
 THEIRS: dict[str, Callable[[Contest, ExitStack], Way]] = {
     "generate, base": lambda c, s: c.generate(c.model()),
-    "peft adapter_names, five mixed": lambda c, s: c.generate(c.peft(), adapter_names=lambda n: [f"p{i % PERSONAS}" for i in range(n)]),
+    "peft adapter_names, five mixed": lambda c, s: c.generate(c.peft(), adapter_names=lambda n: [f"p{_persona(i)}" for i in range(n)]),
     "peft, switching": lambda c, s: _switching(c, c.peft()),
     "five merged models": lambda c, s: _five_merged(c),
     "transformers continuous batching, base": lambda c, s: c.continuous(c.model()),
@@ -293,7 +320,7 @@ def computing(threads: int, run: Way, n: int) -> Timing:
 
 
 def _messages(i: int) -> tuple[Message, ...]:
-    return (Message("user", f"{REQUESTS[i % len(REQUESTS)][1]} ({i})"),)
+    return (Message("user", f"{REQUESTS[i % len(REQUESTS)].text} ({i})"),)
 
 
 def made_up(base: BaseModel, seed: int) -> Adapter:

@@ -14,9 +14,10 @@ from unit.encoders import PROBED, random_table
 from persona_models.errors import InputError
 from pipelines import bench, bench_engine, bench_llamacpp, bench_router
 from pipelines.bench_engine import Scale
-from pipelines.contest import Contest, Timing, computing, save_made_up
+from pipelines.contest import PERSONAS, Contest, Timing, _persona, computing, save_made_up
 from pipelines.router_corpus import read_router_corpus
 from pipelines.train_router import fit_classifier
+from pipelines.workload import REQUESTS, articles
 from router.config import Config, Training
 from router.policy import PolicySettings
 
@@ -107,6 +108,51 @@ def test_all_ways_give_the_same_tokens(long_base_folder, monkeypatch):
         timing = contest.ours(engine, lambda i: {f"p{i % 2}": 1.0})(4)
     assert [t for _, t in sorted(said["engine"])] == said["peft"]
     assert len(timing.first_s) == len(timing.token_s) == 4
+
+
+def test_answers_have_their_own_lengths(long_base_folder, monkeypatch):
+    """The engine says as many tokens as each answer has; a static batch as many as its longest, and only the others' own count."""
+    contest = Contest(str(long_base_folder), "auto", None, 1)
+    own = [asked.tokens for asked in REQUESTS]
+    assert contest.tokens(16) == sum(own)
+    assert contest.tokens(18) == sum(own) + own[0] + own[1]
+    contest.lengths = [3, 5, 2] + [4] * (len(REQUESTS) - 3)
+    said: dict[str, int] = {}
+    with contest.engine(2) as engine:
+        ask = engine.generate
+
+        async def overheard(request):
+            async for event in ask(request):
+                said[request.request_id] = event.completion_tokens
+                yield event
+
+        monkeypatch.setattr(engine, "generate", overheard)
+        contest.ours(engine, lambda i: {})(3)
+    assert said == {"0": 3, "1": 5, "2": 2}
+    model, steps = contest.model(), []
+    real = model.generate
+
+    def listen(**kwargs):
+        steps.append(kwargs["max_new_tokens"])
+        return real(**kwargs)
+
+    monkeypatch.setattr(model, "generate", listen)
+    contest.generate(model)(3)
+    contest.by_persona(lambda p: model)(3)
+    assert steps == [5, 3, 5, 2]
+
+
+def test_a_request_is_answered_by_its_own_persona():
+    corpus_of = {asked.text: asked.persona for asked in REQUESTS}
+    assert len(corpus_of) == len(REQUESTS) == 16
+    personas = [asked.persona for asked in REQUESTS[:PERSONAS]]
+    assert len(set(personas)) == PERSONAS
+    for i in range(40):
+        assert personas[_persona(i)] == REQUESTS[i % 16].persona
+        assert _persona(i, 16) == i % 16
+    # What it reads answers it, in its persona's words.
+    assert len(set(articles())) == 16
+    assert all("4357" in text for text in articles())
 
 
 def test_a_fault_in_a_computing_thread_reaches_the_caller():
