@@ -77,7 +77,8 @@ class Answer:
         stops = request.stop if len(self.tokens) > request.min_tokens else ()
         text, self._held, stopped = until_stop(self._held + piece, stops, flush=ended is not None)
         ended = "stop" if stopped else ended
-        logprobs = () if request.logprobs is None else (self._logprob(logits, token, request.logprobs),)
+        # The end is no token of the text.
+        logprobs = () if request.logprobs is None or token in self.stop_ids else (self._logprob(logits, token, request.logprobs),)
         self.cancelled = self.cancelled or ended is not None
         if not (text or ended or logprobs):
             return None

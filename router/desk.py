@@ -23,18 +23,23 @@ from router.config import Config
 from router.feedback import FeedbackStore
 from router.knowledge import KnowledgeBase, Match
 from router.policy import Route, decide, together
-from router.query import Profile, query_of
+from router.query import Profile, query_of, telling_words
 from router.schema import ChatRequest, DeskrouteBlock, FeedbackRequest, ReasonBlock, RouteInput, SegmentBlock, SourceBlock, parse_model
 from router.segment import Segmenter, requests_in
 from router.stream import in_turn
 from router.telemetry import Telemetry, log, new_request_id
 
+# From this score on, an article that the last message finds by itself, with as many telling words, and that the turns before were not about, begins a
+# new matter. Of 104 messages that go on about the old one ("did all that, still nothing"), four are taken for new.
+NEW_MATTER, NEW_MATTER_WORDS = 0.5, 2
 # Answers of a challenger in the shadow that are made at the same time; beyond that people come first.
 SHADOWS_AT_ONCE = 2
 DECLINED = (
     "I am the IT service desk and can only help with IT matters: sign-in, devices, programs, networks, access. "
     "If this is about IT, say in a sentence what does not work; people are on {desk_phone}."
 )
+# To a greeting, or a cry for help that says nothing of the matter.
+VAGUE = "This is the IT service desk. Say in a sentence what does not work, on which device, and what you see there; people are on {desk_phone}."
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,9 @@ class Desk:
         began = time.perf_counter()
         query = query_of(messages, profile)
         scores = self.classifier.score([query])[0]
-        if model is None:
+        if model is None and not telling_words(query.text):
+            route = Route("decline", None, 1.0, reason="nothing says what it is about")
+        elif model is None:
             route = decide(scores, self.config.policy)
         elif model == BASE:
             route = Route("fallback", None, max(scores.personas.values()), reason="the base was asked for")
@@ -106,13 +113,15 @@ class Desk:
             route = together([r for _, r in found])
         else:
             found = [(query.text, route)]
-        matches = [self.knowledge.best(text) if route.decision != "decline" else None for text, _ in found]
+        said_last = [_last_user(messages)] if len(found) == 1 else [text for text, _ in found]
+        new = [self._new_matter(messages, text) for text in said_last]
+        matches = [n or (self.knowledge.best(text) if route.decision != "decline" else None) for n, (text, _) in zip(new, found, strict=True)]
         parts = []
-        for (text, of), match in zip(found, matches, strict=True):
+        for (_, of), text, match, alone in zip(found, said_last, matches, new, strict=True):
             gate = self._gate(of, asked=model)
             lead = max(gate, key=lambda p: gate[p]) if gate else None
             document = match.article.render(lead, values=self.values) if match else handover_document(self.values)
-            said = tuple(messages) if len(found) == 1 else _with_last_user(messages, text)
+            said = _by_itself(messages, text) if alone else _with_last_user(messages, text)
             parts.append(Part(said, document, gate))
         request_id = request_id or new_request_id()
         block = DeskrouteBlock(
@@ -124,8 +133,7 @@ class Desk:
             in_domain=_round(scores.in_domain),
             mix={p: _round(w) for p, w in route.mix.items()},
             segments=[
-                SegmentBlock(text=_last_user(messages) if len(found) == 1 else text, persona=of.persona, confidence=_round(of.confidence))
-                for text, of in found
+                SegmentBlock(text=text, persona=of.persona, confidence=_round(of.confidence)) for (_, of), text in zip(found, said_last, strict=True)
             ],
             reasons=[ReasonBlock(feature=r.feature, persona=r.persona, weight=_round(r.weight)) for r in scores.reasons],
             sources=_sources(matches),
@@ -139,6 +147,17 @@ class Desk:
             versions = {p: self.lineup.version_for(p, whose) for part in parts for p in part.gate}
         self.telemetry.route_s.observe(time.perf_counter() - began)
         return Plan(request_id, route, block, tuple(parts), versions)
+
+    def _new_matter(self, messages: Sequence[Message], text: str) -> Match | None:
+        """The article of a last message, or of a part of it, that begins a new matter in a conversation; None where it goes on with the old one."""
+        before = messages[: _last_user_at(messages)]
+        if not any(m.role == "user" for m in before) or telling_words(text) < NEW_MATTER_WORDS:
+            return None
+        match = self.knowledge.best(text)
+        if match is None or match.score < NEW_MATTER:
+            return None
+        old = self.knowledge.best(query_of(before).text)
+        return None if old and old.article.id == match.article.id else match
 
     def plan_input(self, item: RouteInput) -> DeskrouteBlock:
         """The block for one input of a batch."""
@@ -167,7 +186,7 @@ class Desk:
         """The events of an answer; the finished text waits in memory for a rating."""
         began = time.perf_counter()
         label = plan.route.persona or plan.route.decision
-        events = self._declined() if plan.route.decision == "decline" else self._generated(request, plan)
+        events = self._declined(request) if plan.route.decision == "decline" else self._generated(request, plan)
         said: list[str] = []
         last: TokenEvent | None = None
         self.telemetry.active.inc()
@@ -276,8 +295,9 @@ class Desk:
         async for event in self.engines[lead].generate(generate):
             yield event
 
-    async def _declined(self) -> AsyncGenerator[TokenEvent]:
-        yield TokenEvent(fill(DECLINED, self.values), 0, 0, "stop")
+    async def _declined(self, request: ChatRequest) -> AsyncGenerator[TokenEvent]:
+        about_something = telling_words(query_of(request.turns()).text)
+        yield TokenEvent(fill(DECLINED if about_something else VAGUE, self.values), 0, 0, "stop")
 
     # -- feedback -----------------------------------------------------------------------------------------------------------------------------
 
@@ -291,14 +311,23 @@ class Desk:
         return stored
 
 
+def _last_user_at(messages: Sequence[Message]) -> int:
+    return max(i for i, m in enumerate(messages) if m.role == "user")
+
+
 def _last_user(messages: Sequence[Message]) -> str:
-    return next(m.content for m in reversed(messages) if m.role == "user")
+    return messages[_last_user_at(messages)].content
 
 
 def _with_last_user(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
     """The conversation as if its last user turn were `text`."""
-    last = max(i for i, m in enumerate(messages) if m.role == "user")
+    last = _last_user_at(messages)
     return tuple(Message("user", text) if i == last else m for i, m in enumerate(messages))
+
+
+def _by_itself(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
+    """The conversation as if it began with `text`."""
+    return (*(m for m in messages if m.role == "system"), Message("user", text))
 
 
 def _sources(matches: Sequence[Match | None]) -> list[SourceBlock]:

@@ -27,6 +27,8 @@ from router.telemetry import CONTENT_TYPE, log
 
 # How long /readyz and /v1/models wait for a pool before they call it not ready.
 STATUS_TIMEOUT_S = 5.0
+# The counted endpoints' names in the metrics.
+ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/route": "route", "/v1/feedback": "feedback"}
 OPEN_PATHS = {"/", "/healthz", "/readyz", "/metrics"}
 
 StatusOf = Callable[[], Awaitable[Mapping[str, EngineStatus]]]
@@ -64,13 +66,11 @@ def create_app(desk: Desk, pool_status: StatusOf, live: Live | None = None) -> F
     async def read(request: Request, kind: type[Any]) -> Any:
         authorise(request)
         try:
-            body = json.loads(await request.body())
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"the body is not valid JSON: {e}") from None
-        try:
-            return kind.model_validate(body)
+            return kind.model_validate(json.loads(await request.body()))
         except ValidationError as e:
             raise first_fault(e.errors()) from None
+        except (ValueError, RecursionError) as e:
+            raise InputError(f"the body is not valid JSON: {e}") from None
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -80,11 +80,8 @@ def create_app(desk: Desk, pool_status: StatusOf, live: Live | None = None) -> F
         headers = {"x-request-id": plan.request_id}
         events = desk.answer(body, plan)
         # The first event is awaited before the status is sent, so that a full queue or too long a prompt is a plain HTTP error.
-        try:
-            first = await anext(events)
-        except DeskrouteError as e:
-            telemetry.requests.labels(*labels, str(e.status)).inc()
-            raise
+        request.state.labels = labels
+        first = await anext(events)
         telemetry.requests.labels(*labels, "200").inc()
         if body.stream:
             options = body.stream_options
@@ -107,19 +104,20 @@ def create_app(desk: Desk, pool_status: StatusOf, live: Live | None = None) -> F
         raw = await read(request, _Either)
         if isinstance(raw, RouteRequest):
             blocks = [desk.plan_input(item).model_dump() | ({"id": item.id} if item.id is not None else {}) for item in raw.inputs]
+            telemetry.requests.labels("route", "", "", "200").inc()
             return JSONResponse({"object": "list", "data": blocks})
         plan = desk.plan(raw.turns(), Profile.from_metadata(raw.metadata), parse_model(raw.model, desk.personas))
+        telemetry.requests.labels("route", plan.route.decision, plan.route.persona or "", "200").inc()
         return JSONResponse({"object": "deskroute.route", "model": raw.model, "deskroute": plan.block.model_dump()})
 
     @app.post("/v1/feedback")
     async def feedback(request: Request) -> Response:
         body: FeedbackRequest = await read(request, FeedbackRequest)
         stored = await desk.rate(body)
+        telemetry.requests.labels("feedback", "", "", "201").inc()
         return JSONResponse({"object": "deskroute.feedback", "request_id": body.request_id, "text_stored": stored}, 201)
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        authorise(request)
+    async def known_models() -> list[dict[str, Any]]:
         versions = {p: v for status in (await statuses()).values() for p, v in status.versions.items()}
         if desk.lineup:
             # A persona that nothing ships for answers as "none"; its pool says so.
@@ -127,8 +125,18 @@ def create_app(desk: Desk, pool_status: StatusOf, live: Live | None = None) -> F
         titles = {p.id: p.title for p in desk.config.catalogue()}
         head = {"object": "model", "created": int(time.time()), "owned_by": "deskroute"}
         data = [{**head, "id": AUTO, "title": "Routed by content and profile"}, {**head, "id": BASE, "title": desk.config.base}]
-        data += [{**head, "id": p, "title": titles[p], "version": versions.get(p)} for p in desk.personas]
-        return JSONResponse({"object": "list", "data": data})
+        return data + [{**head, "id": p, "title": titles[p], "version": versions.get(p)} for p in desk.personas]
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        authorise(request)
+        return JSONResponse({"object": "list", "data": await known_models()})
+
+    @app.get("/v1/models/{name}")
+    async def model(request: Request, name: str) -> Response:
+        authorise(request)
+        parse_model(name, desk.personas)
+        return JSONResponse(next(m for m in await known_models() if m["id"] == name))
 
     @app.post("/v1/reload")
     async def reload(request: Request) -> Response:
@@ -159,6 +167,7 @@ def create_app(desk: Desk, pool_status: StatusOf, live: Live | None = None) -> F
             "POST /v1/route",
             "POST /v1/feedback",
             "GET /v1/models",
+            "GET /v1/models/{model}",
             "POST /v1/reload",
             "GET /healthz",
             "GET /readyz",
@@ -166,8 +175,14 @@ def create_app(desk: Desk, pool_status: StatusOf, live: Live | None = None) -> F
         ]
         return JSONResponse({"name": "deskroute", "personas": list(desk.personas), "endpoints": paths})
 
+    def count(request: Request, status: int) -> None:
+        """Count a request that failed; an unknown path is no label, since anybody could make up many."""
+        endpoint = ENDPOINTS.get(request.url.path, "other")
+        telemetry.requests.labels(*getattr(request.state, "labels", (endpoint, "", "")), str(status)).inc()
+
     @app.exception_handler(DeskrouteError)
-    async def said(_request: Request, error: DeskrouteError) -> Response:
+    async def said(request: Request, error: DeskrouteError) -> Response:
+        count(request, error.status)
         headers = {"retry-after": "2"} if error.status == 503 else {}
         return JSONResponse(error_body(error), error.status, headers=headers)
 
@@ -178,6 +193,7 @@ def create_app(desk: Desk, pool_status: StatusOf, live: Live | None = None) -> F
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
+        count(request, error.status_code)
         what = f"{request.method} {request.url.path}"
         message = {404: f"{what} does not exist here; see GET / for what does", 405: f"{what}: the method is not allowed"}.get(
             error.status_code, str(error.detail)
@@ -186,7 +202,8 @@ def create_app(desk: Desk, pool_status: StatusOf, live: Live | None = None) -> F
         return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
-    async def unexpected(_request: Request, error: Exception) -> Response:
+    async def unexpected(request: Request, error: Exception) -> Response:
+        count(request, 500)
         log.exception("unexpected error", exc_info=error)
         return JSONResponse(error_body(DeskrouteError("an unexpected error happened; the server's log has it")), 500)
 

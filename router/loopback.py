@@ -1,8 +1,9 @@
-"""Keeps Ray Serve on the loopback interface.
+"""Keeps Ray Serve on the loopback interface, and its request id out of answers that have one.
 
 Ray binds by itself what RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 tells it to (set in server.py). Two things stay open on every interface: each replica's
 inner gRPC port, and HAProxy's statistics and metrics ports; Serve 2.60 has no setting for them. This hook runs in every Ray worker before user code
-and changes these binds. `tests/serving` looks at the sockets, so a Ray release that moves them is noticed.
+and changes these binds. Serve also writes an `x-request-id` of its own behind the application's. `tests/serving` looks at sockets and headers, so a Ray
+release that moves them is noticed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,27 @@ def _tls_utils(module: ModuleType) -> None:
     module.add_port_to_grpc_server = add_loopback_port  # type: ignore[attr-defined]
 
 
-_CHANGES = {"ray.serve._private.haproxy_templates": _haproxy_templates, "ray._common.tls_utils": _tls_utils}
+def _http_util(module: ModuleType) -> None:
+    middleware = module.RequestIdMiddleware
+    answer = middleware.__call__
+
+    async def with_one_id(self: Any, scope: Any, receive: Any, send: Any) -> None:
+        async def send_one_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                ids = [h for h in message["headers"] if h[0].lower() == b"x-request-id"]
+                message["headers"] = [h for h in message["headers"] if h not in ids] + ids[:1]
+            await send(message)
+
+        await answer(self, scope, receive, send_one_id)
+
+    middleware.__call__ = with_one_id
+
+
+_CHANGES = {
+    "ray.serve._private.haproxy_templates": _haproxy_templates,
+    "ray._common.tls_utils": _tls_utils,
+    "ray.serve._private.http_util": _http_util,
+}
 
 
 class _Finder(MetaPathFinder):

@@ -15,9 +15,23 @@ AUTO = "auto"
 
 
 class Body(BaseModel):
-    """Base of request bodies: unknown fields are ignored, since clients send many."""
+    """Base of request bodies: unknown fields are ignored, since clients send many, and null means not set."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_sent(cls, value: Any) -> Any:
+        return {_whole(k): _whole(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def _whole(value: Any) -> Any:
+    """JSON whose texts are whole characters: half an emoji, which a program cut in two, becomes U+FFFD, since nothing could write it down."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return {_whole(k): _whole(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _text_of(content: Any) -> Any:
@@ -28,11 +42,17 @@ def _text_of(content: Any) -> Any:
         return content
     texts = []
     for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"only text parts are supported, not {kind!r}")
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
+            what = f"one of type {kind!r}" if kind and kind != "text" else repr(part)[:80]
+            raise ValueError(f'only text is read: a string, or parts of the form {{"type": "text", "text": "..."}}, not {what}')
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def _spelled_out(value: Any) -> Any:
+    """A number among texts as its digits."""
+    return str(value) if isinstance(value, int | float) else value
 
 
 class ChatMessage(Body):
@@ -50,7 +70,7 @@ class Conversation(Body):
 
     model: str = AUTO
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
-    metadata: dict[str, str] = Field(default_factory=dict)
+    metadata: dict[str, Annotated[str, BeforeValidator(_spelled_out)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _asks_something(self) -> Self:
@@ -82,6 +102,11 @@ class ChatRequest(Conversation):
     user: str | None = Field(None, max_length=512)
     n: int | None = 1
     tools: tuple[Any, ...] | None = None
+    functions: tuple[Any, ...] | None = None
+    response_format: dict[str, Any] | None = None
+    modalities: tuple[str, ...] = ("text",)
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=300)
@@ -93,10 +118,16 @@ class ChatRequest(Conversation):
     def _supported(self) -> Self:
         if self.n not in (None, 1):
             raise ValueError("n: only one answer per request is supported")
-        if self.tools:
-            raise ValueError("tools are not supported by the helpdesk's models")
+        if name := "tools" if self.tools else "functions" if self.functions else None:
+            raise ValueError(f"{name}: they are not supported by the helpdesk's models; leave them out")
+        if self.response_format and self.response_format.get("type") != "text":
+            raise ValueError("response_format: answers are text; leave it out, or put them into a format of your own")
+        if self.modalities != ("text",):
+            raise ValueError("modalities: answers are text alone")
+        if name := "frequency_penalty" if self.frequency_penalty else "presence_penalty" if self.presence_penalty else None:
+            raise ValueError(f"{name}: it is not supported; leave it out, generation.no_repeat keeps answers from repeating themselves")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise ValueError("top_logprobs: needs logprobs: true")
         return self
 
 
@@ -129,12 +160,21 @@ class RouteRequest(Body):
     inputs: tuple[RouteInput, ...] = Field(min_length=1, max_length=1000)
 
 
+COMPLETION = "chatcmpl-"
+
+
+def _request_id(value: Any) -> Any:
+    return value.removeprefix(COMPLETION) if isinstance(value, str) else value
+
+
 class FeedbackRequest(Body):
     """POST /v1/feedback."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    request_id: str = Field(min_length=1, max_length=100)
+    request_id: Annotated[str, BeforeValidator(_request_id)] = Field(
+        min_length=1, max_length=100, description="the answer's deskroute.request_id, or its id"
+    )
     rating: Literal["up", "down"]
     comment: str | None = Field(None, max_length=10_000)
     correct_persona: str | None = Field(None, max_length=100, description="who should have been answered")
@@ -187,7 +227,7 @@ def parse_model(model: str, personas: Sequence[str]) -> str | None:
 
 
 def completion_id(request_id: str) -> str:
-    return f"chatcmpl-{request_id}"
+    return f"{COMPLETION}{request_id}"
 
 
 def usage(last: TokenEvent) -> dict[str, Any]:
@@ -236,6 +276,20 @@ def error_body(error: DeskrouteError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
+# pydantic's words where they are a programmer's.
+_PLAIN = {
+    "missing": "it is missing",
+    "too_short": "it needs at least {min_length} of them",
+    "too_long": "at most {max_length} are allowed",
+    "tuple_type": "it must be a list",
+    "model_type": "it must be an object, such as {{...}}",
+    "model_attributes_type": "it must be an object, such as {{...}}",
+    "dict_type": "it must be an object, such as {{...}}",
+    "string_type": "it must be a string",
+    "extra_forbidden": "there is no such field; there are " + ", ".join(FeedbackRequest.model_fields),
+}
+
+
 def first_fault(errors: Sequence[Any]) -> InputError:
     """pydantic's list of faults -> one InputError about the first."""
     fault = errors[0]
@@ -243,6 +297,9 @@ def first_fault(errors: Sequence[Any]) -> InputError:
     if fault["type"] == "json_invalid":
         return InputError(f"the body is not valid JSON: {fault.get('ctx', {}).get('error', fault['msg'])}")
     message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] in _PLAIN:
+        message = _PLAIN[fault["type"]].format(**fault.get("ctx", {}))
     if not path:
-        return InputError(message)
+        name, colon, _ = message.partition(": ")
+        return InputError(message, param=name if colon and name.isidentifier() else None)
     return InputError(f"{'.'.join(path)}: {message}", param=".".join(path))

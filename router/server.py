@@ -161,6 +161,9 @@ def _environment(scratch: Path) -> None:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        # Where HAProxy sends requests while the front door is not up: at the fixed port another server's proxy listens as well, past this one's keys.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
         "TOKENIZERS_PARALLELISM": "false",
     }
     for name, value in settings.items():

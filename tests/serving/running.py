@@ -35,8 +35,8 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def listening_addresses(pids: set[int]) -> set[str]:
-    """Local addresses of the TCP sockets on which processes listen, as /proc writes them (hexadecimal)."""
+def listening(pids: set[int]) -> set[tuple[str, int]]:
+    """Local addresses, as /proc writes them (hexadecimal), and ports of the TCP sockets on which processes listen."""
     inodes = set()
     for pid in pids:
         for fd in Path(f"/proc/{pid}/fd").glob("*"):
@@ -44,13 +44,14 @@ def listening_addresses(pids: set[int]) -> set[str]:
                 inodes.add(os.readlink(fd))
             except OSError:
                 continue
-    addresses = set()
+    sockets = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                addresses.add(fields[1].rsplit(":", 1)[0])
-    return addresses
+                address, port = fields[1].rsplit(":", 1)
+                sockets.add((address, int(port, 16)))
+    return sockets
 
 
 class Server:

@@ -27,6 +27,10 @@ PERSONAS = ("leadership", "knowledge_worker", "field", "admin", "new_hire")
 WORDS = {"leadership": "board", "knowledge_worker": "dataset", "field": "customer", "admin": "payroll", "new_hire": "first"}
 
 
+VPN = [Article("vpn", "VPN drops", "the VPN", ("vpn drops",), steps=(Step("Restart the VPN client."), Step("Call {desk_phone}.")))]
+VPN_PROMPTS = {"vpn": ["my vpn drops"] * 5}
+
+
 def tiny_classifier() -> PersonaClassifier:
     """One telling word per persona, and "vpn" or "printer" for the helpdesk."""
     texts = [f"{w} vpn" for w in WORDS.values()] + ["printer", "poem"]
@@ -48,10 +52,9 @@ def engine():
 
 @pytest.fixture
 def make_app(engine, tmp_path):
-    def make(**overrides):
+    def make(articles=VPN, prompts=VPN_PROMPTS, **overrides):
         config = load_config(**overrides)
-        articles = [Article("vpn", "VPN drops", "the VPN", ("vpn drops",), steps=(Step("Restart the VPN client."), Step("Call {desk_phone}.")))]
-        knowledge = KnowledgeBase.build(articles, {"vpn": ["my vpn drops"] * 5}, values={"desk_phone": "4357", "desk_portal": "the IT portal"})
+        knowledge = KnowledgeBase.build(articles, prompts, values={"desk_phone": "4357", "desk_portal": "the IT portal"})
         store = FeedbackStore(f"sqlite:///{tmp_path / 'f.db'}")
         desk = Desk(config, tiny_classifier(), knowledge, dict.fromkeys([*PERSONAS, BASE], engine), store)
 
@@ -214,24 +217,29 @@ async def test_without_an_article_the_model_hands_over(http):
 @pytest.mark.parametrize(
     ("body", "status", "param", "says"),
     [
-        ({"messages": []}, 400, "messages", "at least 1"),
-        ({}, 400, "messages", "required"),
-        ({"messages": "hi"}, 400, "messages", "tuple"),
+        ({"messages": []}, 400, "messages", "at least 1 of them"),
+        ({}, 400, "messages", "missing"),
+        ({"messages": "hi"}, 400, "messages", "must be a list"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0.role", "'user'"),
         ({"messages": [{"role": "user", "content": 3}]}, 400, "messages.0.content", "string"),
         ({"messages": [{"role": "user", "content": "  "}]}, 400, None, "at least one user turn with text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content", "only text parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content", "only text is read"),
         ({"temperature": "hot"}, 400, "temperature", "number"),
         ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
         ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
-        ({"n": 2}, 400, None, "only one answer"),
-        ({"tools": [{"type": "function"}]}, 400, None, "tools are not supported"),
-        ({"top_logprobs": 3}, 400, None, "top_logprobs needs logprobs: true"),
+        ({"n": 2}, 400, "n", "only one answer"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+        ({"functions": [{"name": "f"}]}, 400, "functions", "not supported"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format", "answers are text"),
+        ({"modalities": ["text", "audio"]}, 400, "modalities", "text alone"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
+        ({"frequency_penalty": -1}, 400, "frequency_penalty", "not supported"),
+        ({"top_logprobs": 3}, 400, "top_logprobs", "needs logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "less than or equal to 20"),
         ({"logit_bias": {"many": 1}}, 400, "logit_bias.many", "valid integer"),
         ({"stop": ["x"] * 17}, 400, "stop", "16"),
         ({"metadata": {"tenure_days": "many"}}, 400, "metadata.tenure_days", "whole number"),
-        ({"metadata": {"title": 3}}, 400, "metadata.title", "string"),
+        ({"metadata": {"title": ["CFO"]}}, 400, "metadata.title", "must be a string"),
         ({"messages": [{"role": "user", "content": "vpn customer " * 3000}]}, 400, "messages", "only 4096 fit"),
     ],
 )
@@ -242,6 +250,34 @@ async def test_bad_bodies_are_named(http, body, status, param, says):
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert says in error["message"]
+
+
+async def test_what_clients_send_unset_is_unset(http):
+    unset = ("model", "stream", "metadata", "stop", "n", "tools", "response_format", "modalities", "presence_penalty", "logprobs", "user")
+    assert (await chat(http, **dict.fromkeys(unset))).status_code == 200
+    neutral = {"response_format": {"type": "text"}, "modalities": ["text"], "presence_penalty": 0, "tools": [], "n": 1, "unheard_of": {"a": 1}}
+    assert (await chat(http, **neutral)).status_code == 200
+    assert (await chat(http, metadata={"tenure_days": 12})).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/route"])
+async def test_half_an_emoji_is_no_fault(http, path):
+    raw = rb'{"metadata": {"title": "\ud83d"}, "messages": [{"role": "user", "content": "my vpn drops \ud83d at the customer \ud83d\ude00"}]}'
+    answer = await http.post(path, content=raw)
+    assert answer.status_code == 200
+    assert answer.json()["deskroute"]["segments"][0]["text"] == "my vpn drops \ufffd at the customer \U0001f600"
+
+
+async def test_a_greeting_is_asked_for_the_matter(http, engine):
+    body = (await chat(http, "Hello, can you help me?")).json()
+    assert body["choices"][0]["message"]["content"].startswith("This is the IT service desk. Say in a sentence what does not work")
+    assert (body["deskroute"]["decision"], body["deskroute"]["sources"]) == ("decline", [])
+    # Who names a persona is answered by it, and a short turn of a conversation goes on with what was said before.
+    assert (await chat(http, "Hello", model="field")).json()["deskroute"]["decision"] == "persona"
+    history = [{"role": "user", "content": "my vpn drops at the customer"}, {"role": "assistant", "content": "Restart it."}]
+    assert (await http.post("/v1/route", json={"messages": [*history, {"role": "user", "content": "again"}]})).json()["deskroute"][
+        "persona"
+    ] == "field"
 
 
 @pytest.mark.parametrize("raw", [b"{", b"", b"null", b"[1]", b'"text"', b"\xff\xfe", b"[" * 100_000])
@@ -322,6 +358,39 @@ async def test_route_scores_one_or_many_without_answering(http, engine):
     assert bad.json()["error"]["message"] == "inputs.1: give either text or messages"
 
 
+async def test_a_new_matter_begins_a_new_conversation(make_app, engine, monkeypatch):
+    """What was said of the old one would have the model go on about it; a turn that goes on with it keeps all of it."""
+    articles = [
+        Article("vpn", "VPN drops", "the VPN", ("vpn drops",), steps=(Step("Restart the VPN client."),)),
+        Article("printer", "Printer jams", "the printer", ("printer jams",), steps=(Step("Open the printer's flap."),)),
+    ]
+    prompts = {"vpn": ["my vpn drops"] * 5, "printer": ["the printer jams"] * 5}
+    transport = httpx.ASGITransport(make_app(articles=articles, prompts=prompts))
+    heard = []
+    ask = engine.generate
+
+    async def overheard(request):
+        heard.append([m.content for m in request.messages])
+        async for event in ask(request):
+            yield event
+
+    monkeypatch.setattr(engine, "generate", overheard)
+    said = [("system", "be kind"), ("user", "my vpn drops at the customer"), ("assistant", "Restart the VPN client.")]
+
+    async def turn(client, text):
+        messages = [{"role": r, "content": c} for r, c in [*said, ("user", text)]]
+        body = (await client.post("/v1/chat/completions", json={"messages": messages})).json()
+        return body["deskroute"]["sources"][0]["id"]
+
+    async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+        assert await turn(client, "the printer jams") == "printer"
+        assert heard.pop() == ["be kind", "the printer jams"]
+        assert await turn(client, "no, still the same") == "vpn"
+        assert heard.pop() == [*(c for _, c in said), "no, still the same"]
+        assert await turn(client, "the vpn drops again") == "vpn"
+        assert heard.pop() == [*(c for _, c in said), "the vpn drops again"]
+
+
 async def test_models_health_ready_metrics(http, engine):
     models = (await http.get("/v1/models")).json()["data"]
     assert [m["id"] for m in models] == ["auto", "base", *PERSONAS]
@@ -333,6 +402,32 @@ async def test_models_health_ready_metrics(http, engine):
     assert 'deskroute_requests_total{decision="persona",endpoint="chat",persona="field",status="200"} 1.0' in page
     engine.closed = True
     assert (await http.get("/readyz")).status_code == 503
+
+
+async def test_every_failed_request_is_counted(http):
+    await chat(http, max_tokens=0)
+    await chat(http, model="gpt-4")
+    await http.post("/v1/feedback", json={"request_id": "nope", "rating": "up"})
+    await http.get("/v1/anything/42")
+    await http.post("/v1/route", json={"messages": [{"role": "user", "content": "my vpn drops at the customer"}]})
+    page = (await http.get("/metrics")).text
+    for endpoint, status in (("chat", 400), ("chat", 404), ("feedback", 404), ("other", 404)):
+        assert f'deskroute_requests_total{{decision="",endpoint="{endpoint}",persona="",status="{status}"}} 1.0' in page
+    assert 'deskroute_requests_total{decision="persona",endpoint="route",persona="field",status="200"} 1.0' in page
+
+
+async def test_one_model_can_be_asked_about(sdk):
+    assert (await sdk.models.retrieve("auto")).id == "auto"
+    assert (await sdk.models.retrieve("field")).model_extra["version"] == "7"
+    with pytest.raises(openai.NotFoundError, match="use auto, base or one of"):
+        await sdk.models.retrieve("gpt-4")
+
+
+async def test_feedback_takes_the_answers_own_id(http):
+    said = (await chat(http)).json()
+    assert (await http.post("/v1/feedback", json={"request_id": said["id"], "rating": "up"})).status_code == 201
+    unknown = await http.post("/v1/feedback", json={"request_id": "x", "rating": "up", "persona": "field"})
+    assert "there is no such field; there are request_id, rating" in unknown.json()["error"]["message"]
 
 
 async def test_feedback_is_stored_with_the_text_of_its_request(http, tmp_path):
