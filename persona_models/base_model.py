@@ -58,6 +58,9 @@ def load_base(spec: str, *, device: str = "auto", dtype: str = "auto") -> BaseMo
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise _cannot_load(spec, e) from None
     model = model.to(place).eval().requires_grad_(False)
+    if place.type == "cuda":
+        # cuDNN's attention makes a plan for every length anew, in every thread, and a row grows with every step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return BaseModel(model, prepare_tokenizer(tokenizer), spec, weights_digest(model), _context(model.config, tokenizer), _stop_ids(model, tokenizer))
 
 

@@ -33,11 +33,11 @@ from persona_models.prompt import fit_prompt
 from persona_models.protocol import EngineStatus, GenerateRequest, TokenEvent
 from persona_models.slots import AdapterSlots
 
-# Prompt tokens that are read between two decode steps, of one request or of several: on a CPU about as long as ten of them. A request counts as
-# LEAST_TOKENS at least.
-CHUNK_TOKENS, LEAST_TOKENS = 256, 32
-# Tokens of a known beginning that are copied in the same time.
-RECALL_TOKENS = 1024
+# Prompt tokens that are read between two decode steps, of one request or of several: on a CPU about as long as ten of them, and a GPU reads many in the
+# time of one. A request counts as LEAST_TOKENS at least.
+CHUNK_TOKENS, GPU_CHUNK_TOKENS, LEAST_TOKENS = 256, 4096, 32
+# Tokens of a known beginning that are copied in the time of one that is read.
+RECALLED = 4
 # Prompts that an engine reads before the first request, as long as one takes no more than this.
 WARM_UP_TOKENS, WARM_UP_S = (2, 32, 240), 0.2
 CLOSING = "the engine is shutting down; try again shortly"
@@ -85,6 +85,7 @@ class PersonaEngine:
         self._bank = LoraBank(base.model)
         self._merge = Merge(base.model) if merged else None
         self._prefix_bytes = prefix_mb * 2**20
+        self._chunk = CHUNK_TOKENS if base.device.type == "cpu" else GPU_CHUNK_TOKENS
         self._make_decoder()
         self._slots = AdapterSlots(self._bank)
         # Of a dedicated engine, which has no slots: the persona's one version.
@@ -345,9 +346,9 @@ class PersonaEngine:
 
     def _read_prompts(self) -> None:
         """Admit requests and read their prompts until as much was read as the rows in flight can wait for."""
-        left = CHUNK_TOKENS
+        left = self._chunk
         # A small rest is left: a pass over the weights for a few tokens costs as much as for LEAST_TOKENS.
-        while left >= min(LEAST_TOKENS, CHUNK_TOKENS):
+        while left >= min(LEAST_TOKENS, self._chunk):
             self._admit()
             if not self._reading:
                 return
@@ -362,10 +363,10 @@ class PersonaEngine:
         place, row = len(self._rows) - 1, self._rows[-1]
         recalled = 0
         if row.fed == row.recalled:
-            room = most * RECALL_TOKENS // CHUNK_TOKENS
+            room = most * RECALLED
             known = self._prefixes.recall(place, row.gate, row.prompt, room)
             row.fed = row.recalled = row.fed + known
-            recalled = known * CHUNK_TOKENS // RECALL_TOKENS
+            recalled = known // RECALLED
             if known and known > room - BLOCK_TOKENS:
                 # More of it may be known.
                 return recalled

@@ -47,7 +47,8 @@ class GatedLinear(nn.Module):
         y = self.base(x)
         if self.gate.rows is None:
             return y
-        return y + (nn.functional.linear(x, self.A) * self.gate.rows) @ self.B
+        opened = nn.functional.linear(x, self.A) * self.gate.rows
+        return torch.addmm(y.flatten(0, 1), opened.flatten(0, 1), self.B).view_as(y)
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
@@ -158,6 +159,7 @@ class Merge:
         for module, (a, b) in factors.items():
             layer = self.model.get_submodule(module)
             self._own[module] = layer.weight.detach().clone()
+            a, b = a.to(layer.weight.device), b.to(layer.weight.device)
             delta = (a.T @ b if isinstance(layer, Conv1D) else b.T @ a).to(layer.weight)
             layer.weight.add_(delta)
 

@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import queue
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,32 +40,39 @@ class Scale:
     loads: tuple[int, ...]
     rounds: int
     bare: bool = False
+    memory: bool = True  # whether every way's memory is measured, in a process of its own each
 
 
-def bench_engine(config: Any, spec: str | None = None) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+def bench_engine(config: Any, *only: str) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
     """Base by base: tokens a second of every way at every load, medians; and notes on what was left out and why.
 
     On a CPU: the configured base, and a Llama of 100 M parameters with random weights. On a GPU: the shapes of Qwen2.5-0.5B and 7B in bfloat16.
+    only: the bases whose names begin with one of these.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name, folder, scale in _bases(spec or config.base):
+        for name, folder, scale in _bases(config.base, only):
             notes: list[str] = []
             yield _contest(name, folder, config.dtype, scale, threads, notes), notes
     finally:
         torch.set_num_threads(threads)
 
 
-def _bases(spec: str) -> Iterator[tuple[str, str, Scale]]:
-    with tempfile.TemporaryDirectory() as folder:
-        if torch.cuda.is_available():
-            yield spec, spec, Scale(None, (1, 16, 64), 3)
-            for name in ("qwen2.5-0.5b", "qwen2.5-7b"):
-                yield f"{name}, random", save_random(name, Path(folder) / name), Scale(64, (1, 16, 64), 2, bare=True)
-        else:
-            yield spec, spec, Scale(None, (1, 4, 16, 64), 3)
-            yield "llama-100m, random", save_random("llama-100m", Path(folder) / "llama"), Scale(32, (1, 4, 16), 1, bare=True)
+def _bases(spec: str, only: Sequence[str] = ()) -> Iterator[tuple[str, str, Scale]]:
+    if torch.cuda.is_available():
+        own = Scale(None, (1, 16, 64), 3)
+        # The larger one fills half of a large GPU several times over; its ways' memory is that of the smaller one, in proportion.
+        random = {"qwen2.5-0.5b": Scale(64, (1, 16, 64), 2, bare=True), "qwen2.5-7b": Scale(64, (1, 16, 64), 1, bare=True, memory=False)}
+    else:
+        own = Scale(None, (1, 4, 16, 64), 3)
+        random = {"llama-100m": Scale(32, (1, 4, 16), 1, bare=True)}
+    if not only or spec.startswith(tuple(only)):
+        yield spec, spec, own
+    for name, scale in random.items():
+        if not only or name.startswith(tuple(only)):
+            with tempfile.TemporaryDirectory() as folder:
+                yield f"{name}, random", save_random(name, Path(folder) / name), scale
 
 
 def _contest(name: str, spec: str, dtype: str, scale: Scale, threads: int, notes: list[str]) -> list[dict[str, Any]]:
@@ -84,10 +92,12 @@ def _contest(name: str, spec: str, dtype: str, scale: Scale, threads: int, notes
         for round_ in range(scale.rounds + 1):
             for n in scale.loads:
                 timings = {}
-                for way, build in ours.items():
-                    with ExitStack() as own:
-                        timings[way] = build(contest, own)(n)
+                for way, build in list(ours.items()):
                     bar.update()
+                    with _noted(name, way, notes) as left_out, ExitStack() as own:
+                        timings[way] = build(contest, own)(n)
+                    if left_out:
+                        del ours[way]
                 for way, run in list(theirs.items()):
                     bar.update()
                     slowest = max((t.total_s for t in found.get(way, {}).get(n, [])), default=0.0)
@@ -104,12 +114,14 @@ def _contest(name: str, spec: str, dtype: str, scale: Scale, threads: int, notes
                         found.setdefault(way, {}).setdefault(n, []).append(timing)
         bar.close()
         gc.unfreeze()
+        theirs.clear()
+    _give_memory_back()
     notes += [f"{name}: {way} at {n} requests left out, over {GIVE_UP_S:.0f} s at fewer" for way, n in sorted(too_slow)]
     rows = _table(name, contest, found)
     if contest.base.device.type == "cuda":
         alone = next(r for r in rows if r["way"] == _like("engine, base" + BARE, found) and r["requests"] == 1)
         alone["of memory's speed"] = round(contest.bytes_per_token() / copy_bytes_per_s(contest.base.device) / (alone["per token p50 ms"] / 1000), 3)
-    held = {way: _memory_mb(spec, dtype, way, scale, threads) for way in found}
+    held = {way: _memory_mb(spec, dtype, way, scale, threads) if scale.memory else None for way in found}
     for row in rows:
         if row["requests"] == MEMORY_LOAD and (mb := held[row["way"]]) is not None:
             row["memory MB"] = mb
@@ -125,12 +137,20 @@ def _noted(name: str, way: str, notes: list[str]) -> Iterator[list[str]]:
     except Exception as e:
         mine.append(f"{name}: left out {way} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
         notes += mine
+        _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """To the GPU's other users: models that are gone, of which some hold themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _memory_mb(spec: str, dtype: str, way: str, scale: Scale, threads: int) -> int | None:
     """What a process takes at its peak to answer MEMORY_LOAD requests this one way, above a process that has only loaded the base.
 
-    On a GPU: the peak of its own memory, weights included. None where the way keeps its models in another process.
+    On a GPU: the peak of its own memory, the weights of one base included. None where the way keeps its models in another process.
     """
     if "server" in way:
         return None
@@ -152,13 +172,16 @@ def _measure_memory(spec: str, dtype: str, way: str, scale: Scale, threads: int,
     torch.set_num_threads(1)
     contest = Contest(spec, dtype, scale.tokens, threads, bare=scale.bare)
     before = _status_kb("VmRSS")
+    on_gpu = contest.base.device.type == "cuda"
+    # Other ways load a base of their own beside the contest's.
+    twice = torch.cuda.memory_allocated() if on_gpu and way not in OURS else 0
     if _CLEAR.exists():
         _CLEAR.write_text("5")  # the peak counts from here
     with ExitStack() as stack:
         run = (OURS | THEIRS)[way](contest, stack)
         run(MEMORY_LOAD) if way in OURS else computing(threads, run, MEMORY_LOAD)
-        if contest.base.device.type == "cuda":
-            outbox.put(torch.cuda.max_memory_allocated() / 2**20)
+        if on_gpu:
+            outbox.put((torch.cuda.max_memory_allocated() - twice) / 2**20)
         else:
             outbox.put((_status_kb("VmHWM") - before) / 1024)
 
@@ -175,7 +198,8 @@ def _table(name: str, contest: Contest, found: dict[str, dict[int, list[Timing]]
     for way, by_load in found.items():
         for n, timings in by_load.items():
             row: dict[str, Any] = {"base": name, "way": way, "requests": n, "tokens/s": round(rate[way][n], 1)}
-            row["of engine's base"] = round(rate[way][n] / rate[_like(way, found)][n], 3)
+            if n in (base := rate.get(_like(way, found), {})):
+                row["of engine's base"] = round(rate[way][n] / base[n], 3)
             for label, values in (("first token", [s for t in timings for s in t.first_s]), ("per token", [s for t in timings for s in t.token_s])):
                 row |= {f"{label} {q} ms": round(1000 * v, 2) for q, v in _quantiles(values).items()}
             rows.append(row)
@@ -205,3 +229,22 @@ def copy_bytes_per_s(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         best = max(best, 2 * source.numel() * source.element_size() / (time.perf_counter() - began))
     return best
+
+
+def main(out: Path, only: Sequence[str]) -> None:
+    """`python -m pipelines.bench_engine OUT.json [BASE ...]`: for a machine that has torch, transformers and peft alone."""
+    from types import SimpleNamespace
+
+    from persona_models.protocol import BUILTIN
+    from pipelines.bench import _report, _write
+
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for found, said in bench_engine(SimpleNamespace(base=BUILTIN, dtype="auto"), *only):
+        rows, notes = rows + found, notes + said
+        _report(found, said)
+        _write(out, "engine", rows, notes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

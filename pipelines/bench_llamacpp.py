@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 from torch import Tensor
 
 from persona_models.adapters import Adapter
@@ -113,6 +112,8 @@ def _array(value: Tensor) -> Any:
 @contextmanager
 def server(base: BaseModel, adapters: Sequence[Adapter], folder: Path, threads: int, rows: int) -> Iterator[str]:
     """A running llama-server with the adapters by number, its address. Raises WorkError with its last words where it does not start."""
+    import httpx
+
     write_base(base, folder / "base.gguf")
     paths = [folder / f"adapter{i}.gguf" for i in range(len(adapters))]
     for adapter, path in zip(adapters, paths, strict=True):
@@ -143,6 +144,8 @@ def server(base: BaseModel, adapters: Sequence[Adapter], folder: Path, threads: 
 
 def answers(url: str, prompts: Sequence[Sequence[int]], adapter_of: Sequence[int | None], lengths: Sequence[int]) -> list[Mapping[str, Any]]:
     """What the server says to all prompts at once, each with one adapter or none, in so many tokens; its `tokens`, `timings` and the seconds `took_s`."""
+
+    import httpx
 
     def one(prompt: Sequence[int], adapter: int | None, tokens: int) -> Mapping[str, Any]:
         body = {

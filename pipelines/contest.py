@@ -156,6 +156,8 @@ class Contest:
         steps: list[float] = []
 
         def clock(_: Tensor, scores: Tensor) -> Tensor:
+            if scores.is_cuda:
+                torch.cuda.synchronize(scores.device)  # else the prompts would seem to be read in no time
             steps.append(time.perf_counter())
             return scores
 
@@ -184,8 +186,8 @@ class Contest:
                 eos_token_id=-1,
                 pad_token_id=self.base.tokenizer.pad_token_id,
             )
-            began = time.perf_counter()
             with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
+                began = time.perf_counter()
                 waiting = {manager.add_request(self._prompt(i), max_new_tokens=self._length(i)) for i in range(n)}
                 while waiting:
                     said = manager.get_result(timeout=1)
@@ -193,7 +195,7 @@ class Contest:
                         waiting.remove(said.request_id)
                     elif said is None and not manager.is_running():
                         raise WorkError("transformers' manager stopped")
-            return Timing(time.perf_counter() - began)
+                return Timing(time.perf_counter() - began)
 
         return run
 
@@ -372,7 +374,8 @@ def save_random(name: str, folder: Path) -> str:
         **ids,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # billions of numbers take a CPU a minute
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     # Words that the tokenizer does not have are as dear to compute as others but never the likeliest: an answer of them would have no text.
     model.lm_head.weight.data[len(tokenizer) :] = 0
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The engine's references again, on a GPU."""
+"""The engine's references again, on a GPU. Where pytest's other plugins are missing: `PYTHONPATH=. python3 -m pytest -c /dev/null --rootdir=. tests/gpu`."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ WAYS = {
 
 
 def test_every_way_answers_and_is_written_down(tmp_path, long_base_folder, monkeypatch, capsys):
-    def bases(spec):
+    def bases(spec, only):
         yield "tiny", str(long_base_folder), Scale(3, (1, 6), 1)
         yield "random", str(long_base_folder), Scale(3, (1, 6), 1, bare=True)
 
@@ -218,3 +218,26 @@ def test_every_router_gets_the_same_prompts_and_is_measured(tmp_path, monkeypatc
     assert all(r["prompts/s"] > 0 for r in rows.values())
     assert {r["part"] for r in written["rows"] if "part" in r} == {"persona and in-domain score", "requests in it", "article", "all of it"}
     assert "persona and in-domain score" in capsys.readouterr().out
+
+
+def test_one_way_that_fails_costs_only_itself(long_base_folder, monkeypatch):
+    def fails(contest, stack):
+        raise MemoryError("full")
+
+    monkeypatch.setattr(bench_llamacpp.shutil, "which", lambda name: None)
+    monkeypatch.setitem(bench_engine.OURS, "engine, mixtures of two", fails)
+    monkeypatch.setattr(bench_engine, "_memory_mb", lambda *args: pytest.fail("memory was not asked for"))
+    notes = []
+    rows = bench_engine._contest("tiny", str(long_base_folder), "auto", Scale(2, (1,), 1, memory=False), 1, notes)
+    ways = {row["way"] for row in rows}
+    assert "engine, five mixed" in ways
+    assert "engine, mixtures of two" not in ways
+    assert notes.count("tiny: left out engine, mixtures of two (MemoryError: full)") == 1
+
+
+def test_some_bases_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr(bench_engine, "save_random", lambda name, folder: str(folder))
+    assert [name for name, _, _ in bench_engine._bases("builtin")] == ["builtin", "llama-100m, random"]
+    assert [name for name, _, _ in bench_engine._bases("builtin", ["llama"])] == ["llama-100m, random"]
+    monkeypatch.setattr(bench_engine.torch.cuda, "is_available", lambda: True)
+    assert [name for name, _, _ in bench_engine._bases("builtin", ["qwen2.5-7b", "built"])] == ["builtin", "qwen2.5-7b, random"]

@@ -96,7 +96,7 @@ async def test_short_prompts_are_read_together_and_no_more_than_a_chunk(tiny_bas
 @pytest.mark.parametrize("chunk", [40, 75, 131])
 async def test_a_known_beginning_is_remembered_whole_whatever_was_read_before_it(chunk, tiny_base_folder, monkeypatch):
     monkeypatch.setattr(engine_module, "CHUNK_TOKENS", chunk)
-    monkeypatch.setattr(engine_module, "RECALL_TOKENS", 2 * chunk)
+    monkeypatch.setattr(engine_module, "RECALLED", 2)
     base = load_base(str(tiny_base_folder), device="cpu")
     engine = PersonaEngine(base)
     known = "the printer on the second floor " * 6
