@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ Command = Callable[[argparse.Namespace], None]
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = _parser().parse_args(argv)
+    # What libraries tell their own developers.
+    warnings.simplefilter("ignore", FutureWarning)
     try:
         args.run(args)
     except DeskrouteError as e:
@@ -134,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--canary", type=float, metavar="PERCENT", help="try it on this share of the persona's requests first")
     sub.add_argument("--minutes", type=float, help="how long the canary lasts; then it is promoted or withdrawn by its results")
     how.add_argument("--shadow", action="store_true", help="answer with the champion and record what this version would have said")
-    how.add_argument("--force", metavar="REASON", help="although it failed a gate; the reason is recorded")
+    sub.add_argument("--force", metavar="REASON", help="although it failed a gate; the reason is recorded")
     sub.add_argument("--server", metavar="URL", help=server)
 
     sub = add("rollback", _rollback, "end a trial, or make the champion before the champion again")
@@ -341,10 +344,10 @@ def _promote(args: argparse.Namespace) -> None:
     promoter = Promoter(_config(args), args.server)
     if args.canary is not None or args.shadow:
         how = "shadow" if args.shadow else f"canary {args.canary:g}"
-        print(promoter.begin_trial(args.persona, args.version, how), flush=True)
+        print(promoter.begin_trial(args.persona, args.version, how, forced=args.force), flush=True)
         if args.minutes:
             wait(args.minutes, f"canary of {args.persona} {args.version}")
-            moved, why = promoter.end_canary(args.persona, args.version, rule)
+            moved, why = promoter.end_canary(args.persona, args.version, rule, forced=args.force)
             print(f"{why}\n{moved}")
             return
         print(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
 from urllib.parse import quote
 
-from persona_models.errors import InputError
+from persona_models.errors import InputError, WorkError
 from persona_models.registry import CHALLENGER, CHAMPION, ROUTER_MODEL, SHADOW, RegistryReader, VersionFacts, model_name
 from pipelines.tracking import PERSONA_EXPERIMENT, WORKFLOW
 from router.config import Config
 from router.feedback import open_for_reading
 
+# Two measurements of one adapter on the same answers differ by less.
+SAME_LOSS = 1e-5
 SHOWN = ("eval/loss", "eval/gain", "eval/ends", "eval/carried", "eval/grounded")
 
 
@@ -68,7 +73,8 @@ def _in_use(config: Config, reader: RegistryReader) -> list[str]:
         how = reader.trial(model_name(persona.id))
         if how and store:
             lines.append(f"\n{persona.id}, {'in the shadow' if how == SHADOW else how.replace('canary', 'canary of') + ' %'}:")
-            lines += [f"  {result}" for result in store.results(persona.id).values()] or ["  nobody has asked yet"]
+            beside = None if how == SHADOW else reader.aliases(model_name(persona.id)).get(CHALLENGER)
+            lines += [f"  {result}" for result in store.results(persona.id, beside=beside).values()] or ["  nobody has asked yet"]
     return lines
 
 
@@ -90,8 +96,14 @@ def _line(name: str, role: str, facts: VersionFacts, columns: list[str], champio
     delta = ""
     if champion and metric in champion.metrics and metric in facts.metrics:
         delta = f"   {facts.metrics[metric] - champion.metrics[metric]:+.3f}"
-        if metric == "eval/loss" and "eval/delta_low" in facts.metrics:
-            # Measured when it was trained, both on the same answers.
+        measured = facts.metrics.get("eval/champion_loss")
+        if (
+            metric == "eval/loss"
+            and "eval/delta_low" in facts.metrics
+            and measured is not None
+            and abs(measured - champion.metrics[metric]) < SAME_LOSS
+        ):
+            # Measured when it was trained, both on the same answers; against another champion it says nothing.
             delta += f" (95 %: {facts.metrics['eval/delta_low']:+.3f} to {facts.metrics['eval/delta_high']:+.3f})"
     return f"{name:<18}{facts.version:<12}{role:<12}{when:<18}{cells}{delta}"
 
@@ -103,6 +115,12 @@ def run_ui(config: Config, port: int) -> None:
         print(f"the registry is a server already; open {uri}")
         return
     config.state.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as e:
+            raise InputError(f"127.0.0.1:{port} cannot be used ({e.strerror}); choose another with --port") from None
     # Four workers and a job runner, MLflow's defaults, take 55 s to start and 1.7 GB on two cores.
     env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--default-artifact-root", (config.state / "artifacts").as_uri()]
@@ -110,10 +128,24 @@ def run_ui(config: Config, port: int) -> None:
     reader = RegistryReader(uri, config.state / "cache")
     experiment = reader.experiment_id(PERSONA_EXPERIMENT)
     url = f"http://127.0.0.1:{port}"
-    print(f"MLflow on {uri}\n  {runs_url(url, experiment) if experiment else url + '/?' + WORKFLOW}", flush=True)
+    print(f"MLflow on {uri}\n  {runs_url(url, experiment) if experiment else url + '/#/?' + WORKFLOW}", flush=True)
+    # In a session of its own, so that whoever stops this process stops the server's workers as well, by Ctrl-C or SIGTERM.
+    server = subprocess.Popen(command, env=env, start_new_session=True)
+
+    def asked(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, asked) for s in (signal.SIGINT, signal.SIGTERM)}
+    code = 0
     try:
-        code = subprocess.run(command, env=env, check=False).returncode
+        code = server.wait()
     except KeyboardInterrupt:
-        return
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
     if code:
-        raise InputError(f"MLflow's server ended with code {code}; is the port {port} in use? Choose another with --port")
+        raise WorkError(f"MLflow's server ended with code {code}; what it said is above")

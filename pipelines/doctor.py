@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from persona_models.errors import DeskrouteError
+from persona_models.errors import ConfigError, DeskrouteError
 from router.config import Config, load_config
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "scikit-learn", "mlflow")
@@ -44,8 +45,18 @@ def examine(path: Path | None) -> bool:
     say("knowledge", lambda: _knowledge(config))
     say("adapters", lambda: _adapters(config))
     say("port", lambda: _port(config))
-    say("disk", lambda: f"{shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free")
+    say("disk", lambda: _disk(config))
     return fine
+
+
+def _disk(config: Config) -> str:
+    try:
+        config.state.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.state):
+            pass
+    except OSError as e:
+        raise ConfigError(f"the state folder {config.state} cannot be written to ({e.strerror}); set `state` or DESKROUTE_HOME") from None
+    return f"{shutil.disk_usage(config.state).free / 2**30:.0f} GiB free for {config.state}"
 
 
 def _gpu() -> str:

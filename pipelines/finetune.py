@@ -209,7 +209,8 @@ def _save(
         # PEFT would write the path of the base on this machine into the adapter.
         for config in model.peft_config.values():
             config.base_model_name_or_path = base.name
-        model.save_pretrained(partial)
+        # Told not to look whether the embeddings grew, which would ask the network for the base.
+        model.save_pretrained(partial, save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)
     else:
         factored = factor(model)

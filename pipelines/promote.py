@@ -182,29 +182,31 @@ class Promoter:
             self.tracker.tag_version(model, version, FORCED_TAG, forced)
         return Moved(name, f"{name}: version {version} is champion (before: {before or BUILTIN})", before or BUILTIN, version, reply)
 
-    def begin_trial(self, name: str, version: str, how: str) -> Moved:
+    def begin_trial(self, name: str, version: str, how: str, *, forced: str | None = None) -> Moved:
         """Put a version on trial as challenger: how is "shadow", or "canary 10" for ten percent of the persona's requests."""
         model = registered_model(self.config, name)
         if name == "router":
             raise InputError("a trial is of a persona's version; the router is promoted whole, and rolled back in seconds")
-        self._check(name, model, version, None)
+        self._check(name, model, version, forced)
         champion = self.reader.aliases(model).get(CHAMPION)
         if champion == version:
             raise InputError(f"{name}: version {version} is the champion already; put another one on trial")
         with self._put_back(model):
             self.tracker.begin_trial(model, version, how)
             reply = self._follow(name, champion or BUILTIN, trial=version)
+        if forced:
+            self.tracker.tag_version(model, version, FORCED_TAG, forced)
         share = "the shadow" if how == SHADOW else f"{how.removeprefix('canary ')} % of the requests"
         return Moved(name, f"{name}: version {version} is on trial with {share}", champion or BUILTIN, champion or BUILTIN, reply)
 
-    def end_canary(self, name: str, version: str, rule: TrialRule) -> tuple[Moved, str]:
+    def end_canary(self, name: str, version: str, rule: TrialRule, *, forced: str | None = None) -> tuple[Moved, str]:
         """Promote a canary that has proved itself, withdraw it otherwise; with the reason in words."""
         store = open_for_reading(self.config.feedback_url)
-        results = store.results(name) if store else {}
+        results = store.results(name, beside=version) if store else {}
         champion = self.reader.aliases(registered_model(self.config, name)).get(CHAMPION, BUILTIN)
         ours, theirs = (results.get(v, VersionResults(v)) for v in (version, champion))
         fault = rule.fault(theirs, ours)
-        moved = self.roll_back(name) if fault else self.promote(name, version)
+        moved = self.roll_back(name) if fault else self.promote(name, version, forced=forced)
         return moved, f"{ours}\n{theirs}\n" + (f"withdrawn: {fault}" if fault else "promoted: it did as well as the champion")
 
     def roll_back(self, name: str) -> Moved:
@@ -232,7 +234,8 @@ class Promoter:
             raise InputError(f"{model} has no version {version}; it has {', '.join(known) or f'none yet: run `deskroute retrain {name}`'}")
         description = self.reader.description(model, version)
         if description.startswith(FAILED) and not forced:
-            raise InputError(f"{name}: version {version} {description[0].lower()}{description[1:]}. Promote it all the same with --force REASON")
+            verdict = description.splitlines()[0]
+            raise InputError(f"{name}: version {version} {verdict[0].lower()}{verdict[1:]}. Have it all the same with --force REASON")
         # Downloaded and compared with what was registered before anything is moved.
         self.reader.fetch_version(model, pinned)
 

@@ -31,6 +31,7 @@ from pipelines.evaluate import persona_matrix
 from pipelines.finetune import CHECKPOINT, WATCH_EVERY_STEPS, Finetuned, finetune
 from pipelines.imports import Imported, file_digest
 from pipelines.judge import BASE, NEW, Judgement, judge
+from pipelines.model_card import card, shade
 from pipelines.promote import Promoter, faults, read_gates, registered_model, verdict_on
 from pipelines.router_corpus import Labelled
 from pipelines.sweep import Grid, Sweep
@@ -60,6 +61,7 @@ class Outcome:
     seconds: float = 0.0
     adapter: Path | None = None
     live: str = ""
+    data: str = ""  # what it was trained on, in words
 
     def __str__(self) -> str:
         names = PRINTED if self.name != "router" else [k for k in self.metrics if k.startswith("eval/")]
@@ -68,7 +70,8 @@ class Outcome:
             shown += f"; loss against {'the champion' if 'eval/champion_loss' in self.metrics else 'the base'} {self.metrics['eval/delta']:+.4f}"
             shown += f" (95 %: {self.metrics['eval/delta_low']:+.4f} to {self.metrics['eval/delta_high']:+.4f})"
         state = "champion" if self.promoted else "challenger" + (f" ({'; '.join(self.faults)})" if self.faults else "")
-        return f"{self.name}: version {self.version} is {state}{self.live and ', ' + self.live} after {self.seconds:.0f} s; {shown}"
+        made_of = f" on {self.data}" if self.data else ""
+        return f"{self.name}: version {self.version} is {state}{self.live and ', ' + self.live} after {self.seconds:.0f} s{made_of}; {shown}"
 
 
 class Retraining:
@@ -122,7 +125,9 @@ class Retraining:
                 tags |= more
             dataset, steps = prepare(training)
             params = training.model_dump(mode="json", exclude={"epochs", "steps"}) | {"persona": name, "steps": steps, "base": self.config.base}
-            params |= {"train_samples": len(dataset.train), "data": "tickets" if tickets else "built-in corpus"}
+            rated = dataset.facts.get("feedback", 0)
+            data = ("tickets" if tickets else "built-in corpus") + (f", {rated} rated answers" if rated else "")
+            params |= {"train_samples": len(dataset.train), "data": data}
             # Not among the parameters, which the compare page takes for axes.
             tags |= {"base_digest": self.base.digest, "dataset_digest": dataset.digest}
             with self.tracker.run(
@@ -136,13 +141,23 @@ class Retraining:
                 made = finetune(self.base, dataset, training, manner=persona.manner, steps=steps, work=work)
                 verdict = self._judge(persona, training, dataset, made)
                 failed = faults(self.gates.persona, verdict.metrics, verdict.rivals)
-                outcome = Outcome(name, "", False, failed, verdict.metrics, verdict.rivals, adapter=made.folder)
+                outcome = Outcome(name, "", False, failed, verdict.metrics, verdict.rivals, adapter=made.folder, data=data)
                 run.table(verdict.samples, "eval_samples.json")
                 if verdict.slices:
                     run.table({k: [row.get(k) for row in verdict.slices] for k in verdict.slices[0]}, "eval_slices.json")
                 # Before the curve: MLflow colours its parallel-coordinates plot by the metric that came first.
                 measured_on = self._log_data(run, dataset)
-                self._register(run, made.folder, outcome, f"{persona.title}: {persona.who}.", measured_on)
+                facts = {
+                    "trained on": f"{len(dataset.train)} answers ({data}), {steps} steps of {training.rows}",
+                    "held out": len(dataset.validation),
+                }
+                facts |= {
+                    "method": f"{training.method}, rank {training.rank}, seed {training.seed}",
+                    "base": f"{self.config.base} {self.base.digest}",
+                }
+                facts |= {"data set": dataset.digest, "run": run.id}
+                self._register(run, made.folder, outcome, f"{persona.title}: {persona.who}.", measured_on, facts)
+                run.rename(f"{name} {outcome.version}, rank {training.rank}, seed {training.seed}", shade(persona.colour, int(outcome.version)))
                 run.series({"train/loss": made.history.losses})
                 if made.history.watched:
                     run.series({"train/watched_loss": made.history.watched}, first_step=WATCH_EVERY_STEPS, every=WATCH_EVERY_STEPS)
@@ -310,14 +325,22 @@ class Retraining:
         run.text((dataset.folder / "manifest.json").read_text(encoding="utf-8"), "dataset/manifest.json")
         return logged
 
-    def _register(self, run: Run, folder: Path, outcome: Outcome, about: str, measured_on: tuple[str, str] | None = None) -> None:
+    def _register(
+        self,
+        run: Run,
+        folder: Path,
+        outcome: Outcome,
+        about: str,
+        measured_on: tuple[str, str] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         outcome.version = self.tracker.register(
             run,
             registered_model(self.config, outcome.name),
             folder,
             metrics=outcome.metrics,
             about=f"{about} Serving reads the alias {CHAMPION}.",
-            description=verdict_on(outcome.faults),
+            description=card(verdict_on(outcome.faults), outcome.metrics, outcome.rivals, facts) if facts else verdict_on(outcome.faults),
             tags={"name": outcome.name},
             measured_on=measured_on,
         )

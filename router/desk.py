@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from persona_models.errors import DeskrouteError, NotReadyError
+from persona_models.errors import DeskrouteError, InputError, NotReadyError
 from persona_models.lineup import Lineup
 from persona_models.protocol import BASE, Engine, GenerateRequest, Message, TokenEvent
 from router.article import fill, handover_document
@@ -303,8 +303,8 @@ class Desk:
 
     async def rate(self, body: FeedbackRequest) -> bool:
         """Store a rating; returns whether its text could be stored with it."""
-        if body.correct_persona is not None:
-            parse_model(body.correct_persona, self.personas)
+        if body.correct_persona is not None and body.correct_persona not in self.personas:
+            raise InputError(f"correct_persona: {body.correct_persona!r} is none of {', '.join(self.personas)}", param="correct_persona")
         fields = body.model_dump(exclude={"request_id", "rating"})
         stored = await asyncio.to_thread(self.store.rate, body.request_id, body.rating, **fields)
         self.telemetry.ratings.labels(body.rating).inc()

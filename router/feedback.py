@@ -181,18 +181,24 @@ class FeedbackStore:
         with self._engine.begin() as db:
             db.execute(insert(_shadows).values(row | facts))
 
-    def results(self, persona: str) -> dict[str, VersionResults]:
-        """Version -> how its answers fared, for the requests that this persona answered alone."""
+    def results(self, persona: str, *, beside: str | None = None) -> dict[str, VersionResults]:
+        """Version -> how its answers fared, for the requests that this persona answered alone.
+
+        beside: counts from this version's first answer on, so that what was answered before it was tried is compared with nothing.
+        """
         found: dict[str, VersionResults] = {}
         query = (
             select(_routes.c.versions, _answers.c.finish_reason, _answers.c.tokens, _answers.c.seconds, _routes.c.request_id)
             .join(_answers, _answers.c.request_id == _routes.c.request_id)
             .where(_routes.c.persona == persona)
+            .order_by(_routes.c.created)
         )
         by_request: dict[str, VersionResults] = {}
         with self._engine.connect() as db:
+            begun = beside is None
             for versions, reason, tokens, seconds, request_id in db.execute(query):
-                if list(versions) != [persona]:
+                begun = begun or versions.get(persona) == beside
+                if list(versions) != [persona] or not begun:
                     continue
                 of = found.setdefault(versions[persona], VersionResults(versions[persona]))
                 of.answers, of.ended = of.answers + 1, of.ended + (reason == "stop")

@@ -143,6 +143,23 @@ async def test_what_a_shadow_says_is_recorded_redacted_and_counted(desk):
     assert (result.up, result.down) == (1, 0)
 
 
+async def test_what_was_answered_before_a_trial_is_no_part_of_it(desk):
+    request = ChatRequest.model_validate({"model": "field", "messages": [{"role": "user", "content": "vpn drops"}]})
+
+    async def answered_by(version):
+        desk.engines["field"].versions["field"] = version
+        [e async for e in desk.answer(request, await desk.begin(request))]
+        while desk._tasks:
+            await asyncio.gather(*desk._tasks)
+
+    for version in ("1", "1", "2", "1"):
+        await answered_by(version)
+    count = {v: r.answers for v, r in desk.store.results("field", beside="2").items()}
+    assert count == {"1": 1, "2": 1}
+    assert {v: r.answers for v, r in desk.store.results("field").items()} == {"1": 3, "2": 1}
+    assert desk.store.results("field", beside="3") == {}
+
+
 @pytest.mark.parametrize(
     ("challenger", "why"),
     [

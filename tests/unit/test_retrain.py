@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 from pathlib import Path
 
 import mlflow
@@ -16,9 +17,12 @@ from persona_models.adapters import CARD, read_adapter
 from persona_models.base_model import load_base
 from persona_models.errors import ConfigError, InputError, RegistryError, TicketError
 from persona_models.gated_lora import LoraBank
-from persona_models.registry import CHALLENGER, CHAMPION, DIGEST_TAG, PREVIOUS, RegistryReader
+from persona_models.registry import CHALLENGER, CHAMPION, DIGEST_TAG, PREVIOUS, RegistryReader, VersionFacts
+from pipelines import compare
 from pipelines.cli import main
+from pipelines.model_card import shade
 from pipelines.promote import Gate, Promoter, faults, read_gates
+from pipelines.tracking import ROLLED_BACK_TAG
 from router.config import load_config
 
 _spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
@@ -129,6 +133,45 @@ def test_promote_and_roll_back_move_the_aliases(retrained, capsys):
     assert reader().fetch("deskroute-field") is None
     with pytest.raises(InputError, match="has no champion to roll back from"):
         Promoter(load_config()).roll_back("field")
+
+
+def test_a_version_says_what_it_is_and_loses_the_mark_of_a_rollback(retrained):
+    promoter = Promoter(load_config())
+    client = promoter.tracker.client
+    page = client.get_model_version("deskroute-field", "1").description
+    assert page.startswith("Passed every gate.")
+    assert "| loss |" in page
+    assert "| this version | base | what it is |" in page
+    run = client.get_run(client.get_model_version("deskroute-field", "1").run_id)
+    assert run.info.run_name.startswith("field 1, rank ")
+    assert run.data.tags["mlflow.runColor"] == next(p.colour for p in load_config().catalogue() if p.id == "field")
+    promoter.roll_back("field")
+    assert ROLLED_BACK_TAG in client.get_model_version("deskroute-field", "1").tags
+    promoter.promote("field", "1")
+    assert ROLLED_BACK_TAG not in client.get_model_version("deskroute-field", "1").tags
+
+
+def test_versions_have_shades_of_their_personas_colour():
+    assert shade("#2166ac", 1) == shade("#2166ac", 6) == "#2166ac"
+    assert len({shade("#2166ac", version) for version in range(1, 6)}) == 5
+
+
+def test_the_interval_is_shown_only_against_the_champion_it_was_measured_against():
+    def line(champion_loss):
+        metrics = {"eval/loss": 0.1, "eval/delta_low": -0.02, "eval/delta_high": -0.01, "eval/champion_loss": champion_loss}
+        champion = VersionFacts("1", None, 0, {"eval/loss": 0.12}, "")
+        return compare._line("field", "challenger", VersionFacts("2", None, 0, metrics, ""), ["eval/loss"], champion, "eval/loss")
+
+    assert line(0.12).endswith("-0.020 (95 %: -0.020 to -0.010)")
+    assert line(0.13).endswith("-0.020")
+
+
+def test_the_ui_says_at_once_that_its_port_is_taken(project, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["ui", "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot be used (Address already in use); choose another with --port" in capsys.readouterr().err
 
 
 def test_a_version_that_fails_a_gate_stays_challenger_and_says_why(project, capsys):
