@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -144,6 +145,8 @@ COINED_SLOTS = 0.25
 ENTANGLED = 0.5
 # Shares of the kinds of conversation among the composed ones.
 KINDS = {"article": 0.82, "handover": 0.1, "still": 0.05, "thanks": 0.03}
+# One in so many of what people write after an answer is held out.
+HELD_OUT_FOLLOW_UPS = 10
 
 
 class Composer:
@@ -155,6 +158,10 @@ class Composer:
         self.prompts = [p for p in corpus.prompts if p.held_out == held_out and p.topic in self.articles]
         self.uncovered = [r for r in corpus.uncovered if r["voice"].startswith(HELD_OUT) == held_out]
         self.conversations = [r for r in corpus.conversations if r["voice"].startswith(HELD_OUT) == held_out]
+        self.follow_ups = {
+            kind: [t for t in texts if held_out == (zlib.crc32(t.encode()) % HELD_OUT_FOLLOW_UPS == 0)] or texts
+            for kind, texts in corpus.follow_ups.items()
+        }
         if not self.prompts:
             raise WorkError(f"{corpus.folder} holds no {'held-out ' if held_out else ''}prompts; restore pipelines/corpus/prompts")
         self._by_persona = {p: [r for r in self.prompts if r.persona == p] for p in corpus.personas}
@@ -218,7 +225,7 @@ class Composer:
         else:
             answer = self._answer(persona, document, values | {"subject": shown.subject}, rng)
         if kind in ("still", "thanks"):
-            messages += [Message("assistant", answer), Message("user", rng.choice(self.corpus.follow_ups[kind]))]
+            messages += [Message("assistant", answer), Message("user", rng.choice(self.follow_ups[kind]))]
             answer = _pick(getattr(manner, kind), values, document, rng)
         return Example(tuple(messages), document, answer, persona, prompt.topic, kind, prompt.register)
 

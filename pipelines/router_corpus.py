@@ -102,6 +102,7 @@ class RouterData:
     lexicon: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # word lists by what their words have in common
     talks: tuple[Talk, ...] = ()
     requests: tuple[Requests, ...] = ()
+    follow_ups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # kind -> what people write behind an answer
 
 
 def read_router_corpus(corpus_dir: Path, personas: Sequence[str] = ()) -> RouterData:
@@ -136,8 +137,17 @@ def read_router_corpus(corpus_dir: Path, personas: Sequence[str] = ()) -> Router
             for r in _objects(router / f"{name}.jsonl")
         ),
         requests=tuple(_requests(r) for r in _objects(router / "two_requests.jsonl")),
+        follow_ups=_follow_ups(router / "follow_ups.yaml"),
         phrases={p.stem: _lines(p) for p in sorted((corpus_dir / "phrases").glob("*.txt")) if p.stem in known},
     )
+
+
+def _follow_ups(path: Path) -> dict[str, tuple[str, ...]]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {str(kind): tuple(map(str, texts)) for kind, texts in found.items()}
+    except (OSError, yaml.YAMLError, AttributeError, TypeError) as e:
+        raise WorkError(f"{path}: it must list what people write behind an answer, by kind ({e})") from None
 
 
 def seen(rows: Sequence[Labelled]) -> list[Labelled]:

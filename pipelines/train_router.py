@@ -27,10 +27,12 @@ from persona_models.encoder import SentenceEncoder
 from persona_models.errors import ConfigError, WorkError
 from pipelines.router_corpus import FOLDS, Labelled, RouterData, Titles, folds, read_router_corpus, seen
 from pipelines.router_report import RouterReport, measure
+from pipelines.train_follow_ups import fit_follow_ups
 from pipelines.train_knowledge import fit_knowledge
 from pipelines.train_segments import fit_segmenter, fit_trust
 from router.classifier import MANIFEST, PersonaClassifier, Tells, sigmoid, softmax
 from router.features import FeatureSpace
+from router.follow_up import FollowUps
 from router.knowledge import KnowledgeBase
 from router.lexicon import Lexicon
 from router.query import Profile
@@ -73,7 +75,9 @@ def train_router(
     classifier = fit_classifier(about, personas, seed, encoder)
     report = measure(about, classifier, knowledge, data.prompts)
     other = _measure_rival(rival, about, data.prompts, personas, encoder) if rival else None
-    version = _write(out_dir, classifier, knowledge, report.metrics)
+    follow_ups, figures = fit_follow_ups(data.follow_ups, [r.text for r in seen((*data.prompts, *data.uncovered))], seed)
+    report = replace(report, metrics={**report.metrics, **figures})
+    version = _write(out_dir, classifier, knowledge, follow_ups, report.metrics)
     return replace(report, version=version, rival=other)
 
 
@@ -277,12 +281,14 @@ def _fit_in_domain(
     return np.concatenate([w * slope, np.zeros(len(space) - space.n_text)]), b * slope + shift, threshold
 
 
-def _write(out_dir: Path, classifier: PersonaClassifier, knowledge: KnowledgeBase, metrics: Mapping[str, float]) -> str:
+def _write(out_dir: Path, classifier: PersonaClassifier, knowledge: KnowledgeBase, follow_ups: FollowUps | None, metrics: Mapping[str, float]) -> str:
     """Write the artefact beside `out_dir`, then rename it into place; returns the router's version."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         versions = {"classifier": classifier.save(fresh), "knowledge": knowledge.save(fresh)}
+        if follow_ups:
+            follow_ups.save(fresh)
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(fresh.iterdir())}
         version = hashlib.sha256("".join(files.values()).encode()).hexdigest()[:12]
         about = {"version": version, "parts": versions, "personas": classifier.personas, "files": files, "metrics": dict(metrics)}

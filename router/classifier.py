@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,9 @@ from persona_models.errors import ConfigError
 from router.features import FeatureSpace
 from router.query import Query
 from router.text_space import Arrays
+
+if TYPE_CHECKING:
+    from router.follow_up import FollowUps
 
 FILE = "classifier.safetensors"
 MANIFEST = "manifest.json"
@@ -130,6 +133,7 @@ class PersonaClassifier:
         self.trust = float(trust)
         self.segments = segments
         self.tells = tells
+        self.follow_ups: FollowUps | None = None  # set by whoever loads the whole artefact
 
     def score(self, queries: Sequence[Query]) -> list[Scores]:
         """Score queries, each by itself; about a third of a millisecond a query."""

@@ -16,28 +16,27 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from persona_models.errors import DeskrouteError, InputError, NotReadyError
 from persona_models.lineup import Lineup
-from persona_models.protocol import BASE, Engine, GenerateRequest, Message, TokenEvent
+from persona_models.protocol import BASE, BUILTIN, Engine, GenerateRequest, Message, TokenEvent
 from router.article import fill, handover_document
 from router.classifier import PersonaClassifier
 from router.config import Config
 from router.feedback import FeedbackStore
 from router.knowledge import KnowledgeBase, Match
 from router.policy import Route, decide, together
-from router.query import Profile, query_of, telling_words
+from router.query import MAX_TURNS, Profile, query_of, telling_words
 from router.schema import ChatRequest, DeskrouteBlock, FeedbackRequest, ReasonBlock, RouteInput, SegmentBlock, SourceBlock, parse_model
 from router.segment import Segmenter, requests_in
 from router.stream import in_turn
 from router.telemetry import Telemetry, log, new_request_id
 
-# From this score on, an article that the last message finds by itself, with as many telling words, and that the turns before were not about, begins a
-# new matter. Of 104 messages that go on about the old one ("did all that, still nothing"), four are taken for new.
-NEW_MATTER, NEW_MATTER_WORDS = 0.5, 2
 # Answers of a challenger in the shadow that are made at the same time; beyond that people come first.
 SHADOWS_AT_ONCE = 2
 DECLINED = (
     "I am the IT service desk and can only help with IT matters: sign-in, devices, programs, networks, access. "
     "If this is about IT, say in a sentence what does not work; people are on {desk_phone}."
 )
+# To thanks behind an answer, for the built-in models, which would apologise.
+SOLVED = "Good to hear. If it comes back, write again, or call {desk_phone}."
 # To a greeting, or a cry for help that says nothing of the matter.
 VAGUE = "This is the IT service desk. Say in a sentence what does not work, on which device, and what you see there; people are on {desk_phone}."
 
@@ -60,6 +59,7 @@ class Plan:
     block: DeskrouteBlock
     parts: tuple[Part, ...]
     versions: dict[str, str]
+    fixed: str = ""  # the answer, where no model makes it
 
 
 class Desk:
@@ -88,6 +88,7 @@ class Desk:
         """Route by another classifier and other articles from the next request on."""
         self.classifier, self.knowledge = classifier, knowledge
         self.segmenter = Segmenter.from_facts(classifier.segments)
+        self.follow_ups = classifier.follow_ups
         self.values = {**knowledge.values, **self.config.desk.values()}
 
     # -- routing ----------------------------------------------------------------------------------------------------------------------------
@@ -114,14 +115,18 @@ class Desk:
         else:
             found = [(query.text, route)]
         said_last = [_last_user(messages)] if len(found) == 1 else [text for text, _ in found]
-        new = [self._new_matter(messages, text) for text in said_last]
-        matches = [n or (self.knowledge.best(text) if route.decision != "decline" else None) for n, (text, _) in zip(new, found, strict=True)]
+        fixed = self._fixed(route, messages, query.text)
+        requests = [self._is_request(messages, text) for text in said_last]
+        matches = [
+            None if fixed else (self.knowledge.best(text) if asks else None) or self.knowledge.best(whole)
+            for text, asks, (whole, _) in zip(said_last, requests, found, strict=True)
+        ]
         parts = []
-        for (_, of), text, match, alone in zip(found, said_last, matches, new, strict=True):
+        for (_, of), text, match, alone in zip(found, said_last, matches, requests, strict=True):
             gate = self._gate(of, asked=model)
             lead = max(gate, key=lambda p: gate[p]) if gate else None
             document = match.article.render(lead, values=self.values) if match else handover_document(self.values)
-            said = _by_itself(messages, text) if alone else _with_last_user(messages, text)
+            said = self._read(_with_last_user(messages, text), match, alone)
             parts.append(Part(said, document, gate))
         request_id = request_id or new_request_id()
         block = DeskrouteBlock(
@@ -146,18 +151,36 @@ class Desk:
             whose = user or next(m.content for m in messages if m.role == "user")
             versions = {p: self.lineup.version_for(p, whose) for part in parts for p in part.gate}
         self.telemetry.route_s.observe(time.perf_counter() - began)
-        return Plan(request_id, route, block, tuple(parts), versions)
+        return Plan(request_id, route, block, tuple(parts), versions, fixed)
 
-    def _new_matter(self, messages: Sequence[Message], text: str) -> Match | None:
-        """The article of a last message, or of a part of it, that begins a new matter in a conversation; None where it goes on with the old one."""
-        before = messages[: _last_user_at(messages)]
-        if not any(m.role == "user" for m in before) or telling_words(text) < NEW_MATTER_WORDS:
-            return None
-        match = self.knowledge.best(text)
-        if match is None or match.score < NEW_MATTER:
-            return None
-        old = self.knowledge.best(query_of(before).text)
-        return None if old and old.article.id == match.article.id else match
+    def _fixed(self, route: Route, messages: Sequence[Message], text: str) -> str:
+        """The answer to what no model answers; empty where one does. `text`: what the route is of."""
+        if route.decision == "decline":
+            return fill(DECLINED if telling_words(text) else VAGUE, self.values)
+        thanks = (
+            self.config.base == BUILTIN and self.follow_ups is not None and _answered(messages) and self.follow_ups.says_thanks(_last_user(messages))
+        )
+        return fill(SOLVED, self.values) if thanks else ""
+
+    def _is_request(self, messages: Sequence[Message], text: str) -> bool:
+        """Whether a last message, or a part of it, asks for something by itself, rather than go on about the answer before it."""
+        return bool(_answered(messages)) and self.follow_ups is not None and not self.follow_ups.goes_on(text)
+
+    def _read(self, messages: tuple[Message, ...], match: Match | None, request: bool) -> tuple[Message, ...]:
+        """What its model reads of a conversation. The built-in ones know a request alone, and a request, its answer and what is said behind that."""
+        answered = _answered(messages)
+        if self.config.base != BUILTIN or not answered:
+            return messages
+        last = messages[_last_user_at(messages)]
+        if request:
+            return (last,)
+
+        def is_of_it(i: int) -> bool:
+            found = self.knowledge.best(messages[i].content)
+            return found is not None and match is not None and found.article.id == match.article.id
+
+        at = next((i for i in reversed(answered) if is_of_it(i)), answered[0])
+        return (messages[at], messages[at + 1], last)
 
     def plan_input(self, item: RouteInput) -> DeskrouteBlock:
         """The block for one input of a batch."""
@@ -186,7 +209,7 @@ class Desk:
         """The events of an answer; the finished text waits in memory for a rating."""
         began = time.perf_counter()
         label = plan.route.persona or plan.route.decision
-        events = self._declined(request) if plan.route.decision == "decline" else self._generated(request, plan)
+        events = self._said(plan.fixed) if plan.fixed else self._generated(request, plan)
         said: list[str] = []
         last: TokenEvent | None = None
         self.telemetry.active.inc()
@@ -295,9 +318,8 @@ class Desk:
         async for event in self.engines[lead].generate(generate):
             yield event
 
-    async def _declined(self, request: ChatRequest) -> AsyncGenerator[TokenEvent]:
-        about_something = telling_words(query_of(request.turns()).text)
-        yield TokenEvent(fill(DECLINED if about_something else VAGUE, self.values), 0, 0, "stop")
+    async def _said(self, text: str) -> AsyncGenerator[TokenEvent]:
+        yield TokenEvent(text, 0, 0, "stop")
 
     # -- feedback -----------------------------------------------------------------------------------------------------------------------------
 
@@ -325,9 +347,9 @@ def _with_last_user(messages: Sequence[Message], text: str) -> tuple[Message, ..
     return tuple(Message("user", text) if i == last else m for i, m in enumerate(messages))
 
 
-def _by_itself(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
-    """The conversation as if it began with `text`."""
-    return (*(m for m in messages if m.role == "system"), Message("user", text))
+def _answered(messages: Sequence[Message]) -> list[int]:
+    """Where the user turns stand that an answer follows, before the last user turn; the last ones of many."""
+    return [i for i in range(_last_user_at(messages) - 1) if messages[i].role == "user" and messages[i + 1].role == "assistant"][-MAX_TURNS:]
 
 
 def _sources(matches: Sequence[Match | None]) -> list[SourceBlock]:

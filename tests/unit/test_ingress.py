@@ -18,6 +18,7 @@ from router.config import load_config
 from router.desk import Desk
 from router.features import FeatureSpace
 from router.feedback import FeedbackStore
+from router.follow_up import FollowUps
 from router.ingress import create_app
 from router.knowledge import KnowledgeBase
 from router.query import Query
@@ -29,6 +30,10 @@ WORDS = {"leadership": "board", "knowledge_worker": "dataset", "field": "custome
 
 VPN = [Article("vpn", "VPN drops", "the VPN", ("vpn drops",), steps=(Step("Restart the VPN client."), Step("Call {desk_phone}.")))]
 VPN_PROMPTS = {"vpn": ["my vpn drops"] * 5}
+
+
+# Tells thanks, what goes on, and requests apart by a word each.
+FOLLOW_UPS = FollowUps({"thanks": [9, 0, 0], "no": [0, 9, 0], "jams": [0, 0, 9], "mean": [0, 0, 9]}, [0, 1, 0], 0.8)
 
 
 def tiny_classifier() -> PersonaClassifier:
@@ -56,7 +61,9 @@ def make_app(engine, tmp_path):
         config = load_config(**overrides)
         knowledge = KnowledgeBase.build(articles, prompts, values={"desk_phone": "4357", "desk_portal": "the IT portal"})
         store = FeedbackStore(f"sqlite:///{tmp_path / 'f.db'}")
-        desk = Desk(config, tiny_classifier(), knowledge, dict.fromkeys([*PERSONAS, BASE], engine), store)
+        classifier = tiny_classifier()
+        classifier.follow_ups = FOLLOW_UPS
+        desk = Desk(config, classifier, knowledge, dict.fromkeys([*PERSONAS, BASE], engine), store)
 
         async def status():
             return {"personas": engine.status()}
@@ -384,11 +391,50 @@ async def test_a_new_matter_begins_a_new_conversation(make_app, engine, monkeypa
 
     async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
         assert await turn(client, "the printer jams") == "printer"
-        assert heard.pop() == ["be kind", "the printer jams"]
-        assert await turn(client, "no, still the same") == "vpn"
-        assert heard.pop() == [*(c for _, c in said), "no, still the same"]
-        assert await turn(client, "the vpn drops again") == "vpn"
-        assert heard.pop() == [*(c for _, c in said), "the vpn drops again"]
+        assert heard.pop() == ["the printer jams"]
+        # A question about the answer is answered from its article.
+        assert await turn(client, "what does it mean?") == "vpn"
+        assert heard.pop() == ["what does it mean?"]
+        assert await turn(client, "no, the same") == "vpn"
+        assert heard.pop() == [*(c for r, c in said if r != "system"), "no, the same"]
+
+
+async def test_thanks_are_no_complaint(http, make_app, engine, monkeypatch):
+    """The built-in models cannot tell the two apart; others are told all that was said."""
+    messages = [{"role": "user", "content": "my vpn drops at the customer"}, {"role": "assistant", "content": "Restart it."}]
+    messages.append({"role": "user", "content": "thanks!"})
+    body = (await http.post("/v1/chat/completions", json={"messages": messages})).json()
+    assert body["choices"][0]["message"]["content"] == "Good to hear. If it comes back, write again, or call 4357."
+    assert (body["deskroute"]["sources"], body["deskroute"]["persona"]) == ([], "field")
+    # Nobody has answered yet.
+    first = (await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "my vpn drops, thanks!"}]})).json()
+    assert first["deskroute"]["sources"][0]["id"] == "vpn"
+    transport = httpx.ASGITransport(make_app(base="someone/large"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+        said = (await client.post("/v1/chat/completions", json={"messages": messages})).json()["choices"][0]["message"]["content"]
+    assert said.endswith("| thanks!")
+
+
+@pytest.mark.parametrize("base", ["builtin", "someone/large"])
+async def test_of_a_long_conversation_the_built_in_models_read_the_matter_alone(make_app, engine, monkeypatch, base):
+    articles = [Article(name, name, f"the {name}", (f"{name} fails",), steps=(Step(f"Look after the {name}."),)) for name in ("vpn", "printer")]
+    prompts = {"vpn": ["my vpn drops"] * 5, "printer": ["the printer jams"] * 5}
+    heard = []
+    ask = engine.generate
+
+    async def overheard(request):
+        heard.append([m.content for m in request.messages])
+        async for event in ask(request):
+            yield event
+
+    monkeypatch.setattr(engine, "generate", overheard)
+    said = ["my vpn drops at the customer", "Restart it.", "no", "Sorry.", "the printer jams", "Open the flap.", "hm", "And now?", "no, worse"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    transport = httpx.ASGITransport(make_app(articles=articles, prompts=prompts, base=base))
+    async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+        body = (await client.post("/v1/chat/completions", json={"messages": messages, "model": "field"})).json()
+    matter = said.index("the printer jams") if body["deskroute"]["sources"][0]["id"] == "printer" else 0
+    assert heard == [[said[matter], said[matter + 1], said[-1]] if base == "builtin" else said]
 
 
 async def test_models_health_ready_metrics(http, engine):
