@@ -15,8 +15,8 @@ from sklearn.model_selection import cross_val_predict
 from router.follow_up import KINDS, REQUEST, STILL, THANKS, FollowUps, terms
 
 # Requests beside the turns, times as many; regularisation; terms of fewer texts, or with smaller weights, are left out.
-REQUESTS_PER_TURN = 3
-C = 2.0
+REQUESTS_PER_TURN = 6
+C = 1.0
 MIN_TEXTS = 2
 MIN_WEIGHT = 0.05
 # Of turns that are no thanks, how many may be taken for some.
@@ -49,7 +49,7 @@ def fit_follow_ups(turns: Mapping[str, Sequence[str]], requests: Sequence[str], 
     known = [[columns[t] for t in row if t in columns] for row in found]
     ends = np.cumsum([0, *map(len, known)])
     x = sparse.csr_matrix((np.ones(ends[-1]), [c for row in known for c in row], ends), shape=(len(known), len(columns)))
-    model = LogisticRegression(C=C, max_iter=2000)
+    model = LogisticRegression(C=C, max_iter=2000, class_weight="balanced")
     # The bar comes from texts that the model had not seen.
     unseen = cross_val_predict(model, x[~apart], label[~apart], cv=5, method="predict_proba")
     bar = float(np.quantile(unseen[label[~apart] != KINDS.index(THANKS), KINDS.index(THANKS)], 1 - MAX_FALSE_THANKS))
