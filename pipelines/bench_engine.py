@@ -65,7 +65,7 @@ def _bases(spec: str, only: Sequence[str] = ()) -> Iterator[tuple[str, str, Scal
         # The larger one fills half of a large GPU several times over; its ways' memory is that of the smaller one, in proportion.
         random = {"qwen2.5-0.5b": Scale(64, (1, 16, 64), 2, bare=True), "qwen2.5-7b": Scale(64, (1, 16, 64), 1, bare=True, memory=False)}
     else:
-        own = Scale(None, (1, 4, 16, 64), 3)
+        own = Scale(None, (1, 4, 16, 64), 2)
         random = {"llama-100m": Scale(32, (1, 4, 16), 1, bare=True)}
     if not only or spec.startswith(tuple(only)):
         yield spec, spec, own

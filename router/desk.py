@@ -253,7 +253,7 @@ class Desk:
         trials = self.lineup.trials if self.lineup else {}
         persona = plan.route.persona
         trial = trials.get(persona or "")
-        if persona and trial and trial.shadow and [list(part.gate) for part in plan.parts] == [[persona]]:
+        if persona and trial and trial.shadow and not plan.fixed and [list(part.gate) for part in plan.parts] == [[persona]]:
             if self._shadowing >= SHADOWS_AT_ONCE:
                 self.telemetry.shadows_skipped.inc()
                 return
