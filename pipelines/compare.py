@@ -47,6 +47,8 @@ def compare(config: Config, metric: str, ui: str) -> None:
                     runs.append(facts.run_id)
         if not champion:
             lines.append(f"{name:<18}{'builtin':<12}{CHAMPION:<12}")
+        if others := [v for v in versions if v not in (aliases.get(CHAMPION), aliases.get(CHALLENGER))]:
+            lines.append(f"{name:<18}{', '.join(sorted(others, key=int))}: registered as well; `deskroute promote {name} VERSION`")
     if known and metric not in known:
         raise InputError(f"--metric: no version has {metric!r}; there are {', '.join(sorted(m for m in known if m.startswith('eval/')))}")
     print(

@@ -122,6 +122,10 @@ def verdict_on(failed: list[str]) -> str:
 
 def check_export(out: Path, names: list[str]) -> None:
     """Refuse to replace a folder that holds no artefact. Raises InputError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--export: {out} cannot be made ({e.strerror}); give a folder that can be written to") from None
     for name in [*names, "router"]:
         folder = out / name
         known = {"adapter_config.json", "manifest.json"}

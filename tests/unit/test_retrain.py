@@ -128,6 +128,9 @@ def test_promote_and_roll_back_move_the_aliases(retrained, capsys):
     assert reader().fetch("deskroute-field").version == "2"
     assert main(["rollback", "field"]) == 0
     assert reader().aliases("deskroute-field") == {CHAMPION: "1"}
+    capsys.readouterr()
+    assert main(["compare"]) == 0
+    assert "2: registered as well; `deskroute promote field VERSION`" in capsys.readouterr().out
     moved = Promoter(load_config()).roll_back("field")
     assert (moved.before, moved.now, moved.reply) == ("1", "builtin", None)
     assert reader().fetch("deskroute-field") is None
@@ -274,6 +277,12 @@ def test_route_explains_itself_to_people(project, capsys, monkeypatch):
     assert 'title "payroll"' in out
     assert "\x1b[" not in out
     assert main(["route", "--jsonl", "x", "--explain"]) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_trained(project, capsys):
+    (project / "file").write_text("")
+    assert main(["retrain", "field", "--steps", "2", "--export", "file/out"]) == 2
+    assert "cannot be made (Not a directory)" in capsys.readouterr().err
 
 
 def test_folders_that_hold_something_else_are_not_replaced(project, capsys):
