@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -263,3 +264,22 @@ def _spread(times: Sequence[float], unit: str) -> dict[str, float]:
 
 def _cell(value: Any) -> str:
     return str(value)
+
+
+def main(out: Path, only: Sequence[str]) -> None:
+    """`python -m pipelines.bench OUT.json [BASE ...]`: the engine's benchmark on a machine that has torch, transformers and peft alone."""
+    from types import SimpleNamespace
+
+    from persona_models.protocol import BUILTIN
+    from pipelines.bench_engine import bench_engine
+
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for found, said in bench_engine(SimpleNamespace(base=BUILTIN, dtype="auto"), *only):
+        rows, notes = rows + found, notes + said
+        _report(found, said)
+        _write(out, "engine", rows, notes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

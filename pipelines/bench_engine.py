@@ -9,7 +9,6 @@ import gc
 import multiprocessing
 import queue
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -229,22 +228,3 @@ def copy_bytes_per_s(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         best = max(best, 2 * source.numel() * source.element_size() / (time.perf_counter() - began))
     return best
-
-
-def main(out: Path, only: Sequence[str]) -> None:
-    """`python -m pipelines.bench_engine OUT.json [BASE ...]`: for a machine that has torch, transformers and peft alone."""
-    from types import SimpleNamespace
-
-    from persona_models.protocol import BUILTIN
-    from pipelines.bench import _report, _write
-
-    rows: list[dict[str, Any]] = []
-    notes: list[str] = []
-    for found, said in bench_engine(SimpleNamespace(base=BUILTIN, dtype="auto"), *only):
-        rows, notes = rows + found, notes + said
-        _report(found, said)
-        _write(out, "engine", rows, notes)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -30,7 +30,8 @@ from pipelines.router_report import RouterReport, measure
 from pipelines.train_follow_ups import fit_follow_ups
 from pipelines.train_knowledge import fit_knowledge
 from pipelines.train_segments import fit_segmenter, fit_trust
-from router.classifier import MANIFEST, PersonaClassifier, Tells, sigmoid, softmax
+from router.artefact import MANIFEST
+from router.classifier import PersonaClassifier, Tells, sigmoid, softmax
 from router.features import FeatureSpace
 from router.follow_up import FollowUps
 from router.knowledge import KnowledgeBase

@@ -6,7 +6,6 @@ and a logistic model for "is this an IT helpdesk request at all". The artefact i
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,20 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from persona_models.encoder import SentenceEncoder, load_encoder
 from persona_models.errors import ConfigError
+from router.artefact import digest, read_arrays
 from router.features import FeatureSpace
 from router.query import Query
-from router.text_space import Arrays
 
 if TYPE_CHECKING:
     from router.follow_up import FollowUps
 
 FILE = "classifier.safetensors"
-MANIFEST = "manifest.json"
 FORMAT = 2
 MAX_REASONS = 5
 # What a profile counts as a text that tells, in log-odds.
@@ -287,41 +284,6 @@ def _encoder(trained_with: str | None, configured: str | None) -> SentenceEncode
     if configured is None and not Path(trained_with).is_dir():
         raise ConfigError(f"router: the artefact was trained with the sentence encoder {trained_with!r}; name it in router.encoder")
     return load_encoder(configured or trained_with)
-
-
-def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any], str]:
-    """Arrays, description and digest of one safetensors file of the artefact. Raises ConfigError when it is missing or damaged."""
-    try:
-        version = digest(read_checked(path))
-        with safe_open(path, framework="np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            about = json.loads((file.metadata() or {})["deskroute"])
-    except OSError as e:
-        raise ConfigError(f"router: cannot read {path}: {e.strerror or e}; run `deskroute retrain router`") from None
-    except (SafetensorError, KeyError, ValueError) as e:
-        raise ConfigError(f"router: {path} is damaged or no router artefact ({e}); run `deskroute retrain router`") from None
-    if not isinstance(about, dict):
-        raise ConfigError(f"router: {path} is no router artefact; run `deskroute retrain router`")
-    return arrays, about, version
-
-
-def read_checked(path: Path) -> bytes:
-    """The bytes of one file of the artefact. Raises ConfigError where they are not those that the manifest beside it lists; OSError where missing."""
-    data = path.read_bytes()
-    manifest = path.with_name(MANIFEST)
-    if manifest.exists():
-        try:
-            listed = json.loads(manifest.read_text(encoding="utf-8"))["files"].get(path.name)
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise ConfigError(f"router: {manifest} is damaged ({e}); run `deskroute retrain router`") from None
-        if listed != hashlib.sha256(data).hexdigest():
-            raise ConfigError(f"router: {path} is damaged: it is not the file that {MANIFEST} lists; run `deskroute retrain router`")
-    return data
-
-
-def digest(data: bytes) -> str:
-    """A short name for exactly these bytes."""
-    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

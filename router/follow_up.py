@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_models.errors import ConfigError
-from router.classifier import read_checked
+from router.artefact import read_checked
 from router.query import words_of
 
 FILE = "follow_ups.json"

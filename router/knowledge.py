@@ -19,8 +19,9 @@ from safetensors.numpy import save
 from scipy import sparse
 
 from persona_models.errors import ArticleError, ConfigError
+from router.artefact import digest, read_arrays, read_checked
 from router.article import Article, Step, fill, read_article
-from router.classifier import digest, read_arrays, read_checked, sigmoid
+from router.classifier import sigmoid
 from router.text_space import TextSpace
 
 FILE = "knowledge.safetensors"

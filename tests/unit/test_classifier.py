@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from persona_models.errors import ConfigError
-from router.classifier import FILE, MANIFEST, MAX_REASONS, MIN_REASON, PersonaClassifier, Tells, sigmoid, softmax
+from router.artefact import MANIFEST
+from router.classifier import FILE, MAX_REASONS, MIN_REASON, PersonaClassifier, Tells, sigmoid, softmax
 from router.features import FeatureSpace
 from router.query import Profile, Query
 from router.text_space import TextSpace

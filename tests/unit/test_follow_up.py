@@ -11,7 +11,7 @@ from persona_models.errors import ConfigError
 from pipelines.compose import CORPUS
 from pipelines.router_corpus import read_router_corpus
 from pipelines.train_follow_ups import fit_follow_ups
-from router.classifier import MANIFEST
+from router.artefact import MANIFEST
 from router.follow_up import FILE, KINDS, FollowUps, terms
 from router.loading import SHIPPED
 

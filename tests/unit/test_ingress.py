@@ -85,6 +85,20 @@ async def sdk(http):
     return openai.AsyncOpenAI(base_url="http://desk/v1", api_key="none", http_client=http, max_retries=0)
 
 
+def listened_to(engine, monkeypatch) -> list[list[str]]:
+    """The texts of the messages of every request that reaches the engine from now on."""
+    heard: list[list[str]] = []
+    ask = engine.generate
+
+    async def overheard(request):
+        heard.append([m.content for m in request.messages])
+        async for event in ask(request):
+            yield event
+
+    monkeypatch.setattr(engine, "generate", overheard)
+    return heard
+
+
 async def chat(http, text="my vpn drops at the customer", **body):
     return await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": text}]} | body)
 
@@ -373,15 +387,7 @@ async def test_a_new_matter_begins_a_new_conversation(make_app, engine, monkeypa
     ]
     prompts = {"vpn": ["my vpn drops"] * 5, "printer": ["the printer jams"] * 5}
     transport = httpx.ASGITransport(make_app(articles=articles, prompts=prompts))
-    heard = []
-    ask = engine.generate
-
-    async def overheard(request):
-        heard.append([m.content for m in request.messages])
-        async for event in ask(request):
-            yield event
-
-    monkeypatch.setattr(engine, "generate", overheard)
+    heard = listened_to(engine, monkeypatch)
     said = [("system", "be kind"), ("user", "my vpn drops at the customer"), ("assistant", "Restart the VPN client.")]
 
     async def turn(client, text):
@@ -419,15 +425,7 @@ async def test_thanks_are_no_complaint(http, make_app, engine, monkeypatch):
 async def test_of_a_long_conversation_the_built_in_models_read_the_matter_alone(make_app, engine, monkeypatch, base):
     articles = [Article(name, name, f"the {name}", (f"{name} fails",), steps=(Step(f"Look after the {name}."),)) for name in ("vpn", "printer")]
     prompts = {"vpn": ["my vpn drops"] * 5, "printer": ["the printer jams"] * 5}
-    heard = []
-    ask = engine.generate
-
-    async def overheard(request):
-        heard.append([m.content for m in request.messages])
-        async for event in ask(request):
-            yield event
-
-    monkeypatch.setattr(engine, "generate", overheard)
+    heard = listened_to(engine, monkeypatch)
     said = ["my vpn drops at the customer", "Restart it.", "no", "Sorry.", "the printer jams", "Open the flap.", "hm", "And now?", "no, worse"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     transport = httpx.ASGITransport(make_app(articles=articles, prompts=prompts, base=base))

@@ -13,7 +13,8 @@ from pipelines import train_knowledge
 from pipelines import train_router as module
 from pipelines.router_corpus import Labelled, Titles, folds, read_router_corpus
 from pipelines.train_router import _profiles, fit_classifier, train_router
-from router.classifier import MANIFEST, PersonaClassifier
+from router.artefact import MANIFEST
+from router.classifier import PersonaClassifier
 from router.knowledge import Calibration, KnowledgeBase
 from router.query import Profile, Query
 
