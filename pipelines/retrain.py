@@ -157,7 +157,7 @@ class Retraining:
                 }
                 facts |= {"data set": dataset.digest, "run": run.id}
                 self._register(run, made.folder, outcome, f"{persona.title}: {persona.who}.", measured_on, facts)
-                run.rename(f"{name} {outcome.version}, rank {training.rank}, seed {training.seed}", shade(persona.colour, int(outcome.version)))
+                run.rename(f"{name}-v{outcome.version}-r{training.rank}-s{training.seed}", shade(persona.colour, int(outcome.version)))
                 run.series({"train/loss": made.history.losses})
                 if made.history.watched:
                     run.series({"train/watched_loss": made.history.watched}, first_step=WATCH_EVERY_STEPS, every=WATCH_EVERY_STEPS)

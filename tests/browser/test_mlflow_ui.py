@@ -104,7 +104,7 @@ def test_what_compare_links_to_shows_the_five_personas(project):
         shown = {}
         for i in range(rows.count()):
             colour = rows.nth(i).get_by_test_id("experiment-view-table-run-color").locator("input").input_value()
-            shown[rows.nth(i).get_by_role("link").inner_text().rpartition("-r")[0]] = colour
+            shown[rows.nth(i).get_by_role("link").inner_text().rpartition("-v")[0]] = colour
         assert shown == {p.id: p.colour for p in PERSONAS}
         cards = page.get_by_test_id("experiment-view-compare-runs-card")
         cards.first.wait_for()
@@ -118,7 +118,7 @@ def test_what_compare_links_to_shows_the_five_personas(project):
         page.goto(columns)
         names = page.locator("tr", has=page.get_by_text("Run Name:")).locator("td")
         names.nth(4).wait_for()
-        assert [n.rpartition("-r")[0] for n in names.all_inner_texts()] == [p.id for p in PERSONAS]
+        assert [n.rpartition("-v")[0] for n in names.all_inner_texts()] == [p.id for p in PERSONAS]
         # The plot's axes are what differs between the personas and the figure that matters.
         axes = page.locator(".parcoords .axis-title")
         axes.first.wait_for()
@@ -143,7 +143,7 @@ def test_a_run_and_a_sweep_have_their_pictures_and_tables(project):
     charts = re.findall(r"http://\S+", project.deskroute("compare")[1])[0]
     with fresh_page(project) as page:
         page.goto(charts)
-        page.get_by_role("link", name=re.compile("^field-r")).first.click()
+        page.get_by_role("link", name=re.compile("^field-v")).first.click()
         page.get_by_role("tab", name="Artifacts").click()
         for folder, file in (("plots", "sweep.png"), ("plots", "loss.png")):
             if page.get_by_text(file).count() == 0:

@@ -146,7 +146,7 @@ def test_a_version_says_what_it_is_and_loses_the_mark_of_a_rollback(retrained):
     assert "| loss |" in page
     assert "| this version | base | what it is |" in page
     run = client.get_run(client.get_model_version("deskroute-field", "1").run_id)
-    assert run.info.run_name.startswith("field 1, rank ")
+    assert run.info.run_name.startswith("field-v1-r")
     assert run.data.tags["mlflow.runColor"] == next(p.colour for p in load_config().catalogue() if p.id == "field")
     promoter.roll_back("field")
     assert ROLLED_BACK_TAG in client.get_model_version("deskroute-field", "1").tags
