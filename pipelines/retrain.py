@@ -150,12 +150,11 @@ class Retraining:
                 facts = {
                     "trained on": f"{len(dataset.train)} answers ({data}), {steps} steps of {training.rows}",
                     "held out": len(dataset.validation),
-                }
-                facts |= {
                     "method": f"{training.method}, rank {training.rank}, seed {training.seed}",
                     "base": f"{self.config.base} {self.base.digest}",
+                    "data set": dataset.digest,
+                    "run": run.id,
                 }
-                facts |= {"data set": dataset.digest, "run": run.id}
                 self._register(run, made.folder, outcome, f"{persona.title}: {persona.who}.", measured_on, facts)
                 run.rename(f"{name}-v{outcome.version}-r{training.rank}-s{training.seed}", shade(persona.colour, int(outcome.version)))
                 run.series({"train/loss": made.history.losses})

@@ -16,7 +16,7 @@ from router.follow_up import FILE, KINDS, FollowUps, terms
 from router.loading import SHIPPED
 
 PERSONAS = ("leadership", "knowledge_worker", "field", "admin", "new_hire")
-# Written for this test, and in no corpus.
+# In no corpus; the settings of the fit were chosen with some of these in view, so they guard what was reached and measure nothing.
 THANKS = [
     "it worked, thanks",
     "perfect, that did it!",
