@@ -7,6 +7,7 @@ fused.py for Llama-like models on a CPU. This file knows nothing of requests, st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from persona_models.errors import ConfigError
 from persona_models.fused import FusedDecoder, fits
 from persona_models.gated_lora import LoraBank
-from persona_models.row_cache import RowCache, TransformersCache, chunk_mask
+from persona_models.gpu import Recordings, fuse_norms, group_heads
+from persona_models.row_cache import BLOCK, SPARE, RowCache, TransformersCache, chunk_mask
 
 ATTENTION = ("full_attention", "sliding_attention")
 
@@ -51,19 +53,26 @@ def make_decoder(model: Any, bank: LoraBank, rows: int, limit: int) -> Decoder:
     kinds = set(getattr(model.config, "layer_types", None) or ATTENTION[:1])
     if strangers := kinds - set(ATTENTION):
         raise ConfigError(f"base: {model.config.model_type} has layers of the kind {', '.join(sorted(strangers))}, which cannot be batched here yet")
-    return FusedDecoder(model, bank, rows, limit) if fits(model) else TransformersDecoder(model, bank, rows, limit)
+    if fits(model):
+        return FusedDecoder(model, bank, rows, limit)
+    if model.device.type != "cuda":
+        return TransformersDecoder(model, bank, rows, limit)
+    fuse_norms(model)
+    group_heads(model)
+    return TransformersDecoder(model, bank, rows, limit, Recordings())
 
 
 class TransformersDecoder:
-    """See Decoder."""
+    """See Decoder. With `recordings`, steps are padded to a few shapes, each of which is recorded once."""
 
-    def __init__(self, model: Any, bank: LoraBank, rows: int, limit: int) -> None:
-        self.model, self.bank, self.limit = model, bank, limit
+    def __init__(self, model: Any, bank: LoraBank, rows: int, limit: int, recordings: Recordings | None = None) -> None:
+        self.model, self.bank, self.limit, self.recordings = model, bank, limit, recordings
         self.device = model.device
         self.cache = RowCache(model.config.num_hidden_layers, rows, limit, model.dtype, model.device)
         self.shown = TransformersCache(self.cache)
         self.gates: list[Mapping[str, float]] = [{} for _ in range(rows)]
-        self._gate: tuple[list[Mapping[str, float]], int, Tensor | None] | None = None  # (gates, R, gate) of the last step
+        self._opened: tuple[list[Mapping[str, float]], int] | None = None  # whose gate `_gate` holds: (gates, R)
+        self._gate: Tensor | None = None  # (rows, 1, R), where recordings find it
         self.window: int | None = getattr(model.config, "sliding_window", None)
         self.kinds = getattr(model.config, "layer_types", None)
 
@@ -86,17 +95,43 @@ class TransformersDecoder:
         return self._forward(torch.tensor([ids], device=self.device), positions, mask, self.bank.open([self.gates[row]]), last=1)[0, -1]
 
     def step(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        n = len(tokens)
-        at, mask = self.cache.next_columns(n, len(tokens[0]))
-        self.shown.next_tokens(at)
-        # Tokens tried beyond the end of the context come to nothing, but a table of positions must not be asked for them.
-        return self._forward(torch.tensor(tokens, device=self.device), at.clamp(max=self.limit - 1), mask, self._open(self.gates[:n]))
+        n, t = len(tokens), len(tokens[0])
+        rows, wide = (n, t) if self.recordings is None else (min(self.cache.rows, _power(n)), min(SPARE, _power(t)))
+        # Rows and tokens that only fill the shape write behind what their row holds, where nobody looks and the next tokens go.
+        starts = self.cache.lengths[:rows]
+        columns = max(starts) + wide
+        self.cache.reserve(columns)
+        filled = [*([*ids, *[0] * (wide - t)] for ids in tokens), *[[0] * wide] * (rows - n)]
+        said = torch.tensor([[start, *ids] for start, ids in zip(starts, filled, strict=True)])
+        gate = self._open(self.gates[:n], rows)
+        for row in range(n):
+            self.cache.lengths[row] += t
+        if self.recordings is None:
+            return self._step(said, columns, gate)
+        columns = min(self.cache.columns, -(-columns // BLOCK) * BLOCK)
+        state = (self.cache.columns, self.bank.rank, tuple(self.bank.layers))
+        step = partial(self._step, columns=columns, gate=gate)
+        return self.recordings.run((rows, wide, columns, gate is None), state, step, said)[:n, :t]
 
-    def _open(self, gates: list[Mapping[str, float]]) -> Tensor | None:
-        """The gate of a batch, made anew only where rows or slots changed."""
-        if self._gate is None or self._gate[0] != gates or self._gate[1] != self.bank.rank:
-            self._gate = (gates, self.bank.rank, self.bank.open(gates))
-        return self._gate[2]
+    def _step(self, said: Tensor, columns: int, gate: Tensor | None) -> Tensor:
+        """said (n, 1 + T): a row's column for its first token, and its tokens -> logits (n, T, V). Of the device alone, so that it can be recorded."""
+        said = said.to(self.device)
+        at, mask = self.cache.window(said[:, 0], said.shape[1] - 1, columns)
+        self.shown.next_tokens(at, columns)
+        # Tokens tried beyond the end of the context come to nothing, but a table of positions must not be asked for them.
+        return self._forward(said[:, 1:], at.clamp(max=self.limit - 1), mask, gate)
+
+    def _open(self, gates: list[Mapping[str, float]], rows: int) -> Tensor | None:
+        """The gate of the first rows, (rows, 1, R), made anew only where rows or slots changed, and always in the same place while R is the same."""
+        if not self.bank.layers or not any(gates):
+            return None
+        if self._gate is None or self._gate.shape[2] != self.bank.rank:
+            like = next(iter(self.bank.layers.values())).A
+            self._gate, self._opened = like.new_zeros(self.cache.rows, 1, self.bank.rank), None
+        if self._opened != (gates, self.bank.rank):
+            self._gate[: len(gates)] = self.bank.open(gates)
+            self._opened = (gates, self.bank.rank)
+        return self._gate[:rows]
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, gate: Tensor | None, last: int = 0) -> Tensor:
         """(B, T) tokens at positions (B, T), looking where mask (B, 1, T, C) is 0 -> logits of the last ones, 0 for all, (B, last, V)."""
@@ -118,3 +153,8 @@ class TransformersDecoder:
         columns = torch.arange(mask.shape[-1], device=self.device)
         near = mask.masked_fill((columns <= positions[..., None] - self.window)[:, None], float("-inf"))
         return near if self.kinds is None else {"full_attention": mask, "sliding_attention": near}
+
+
+def _power(n: int) -> int:
+    """The smallest power of two that is not less."""
+    return int(1 << (n - 1).bit_length())

@@ -70,11 +70,16 @@ class RowCache:
         """
         longest = max(self.lengths[:n]) + tokens
         self.reserve(longest)
-        at = torch.tensor(self.lengths[:n], device=self.device)[:, None] + self._counted[:tokens]
+        starts = torch.tensor(self.lengths[:n], device=self.device)
         for row in range(n):
             self.lengths[row] += tokens
-        mask = torch.zeros(n, tokens, longest, dtype=self.dtype, device=self.device)
-        return at, mask.masked_fill_(self._counted[:longest] > at[..., None], float("-inf"))[:, None]
+        return self.window(starts, tokens, longest)
+
+    def window(self, starts: Tensor, tokens: int, columns: int) -> tuple[Tensor, Tensor]:
+        """What next_columns returns for rows that hold `starts` (n,) tokens, of the first columns."""
+        at = starts[:, None] + self._counted[:tokens]
+        mask = torch.zeros(len(starts), tokens, columns, dtype=self.dtype, device=self.device)
+        return at, mask.masked_fill_(self._counted[:columns] > at[..., None], float("-inf"))[:, None]
 
     def put(self, layer: int, at: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write T tokens of each of the first n rows: keys and values (n, T, H, D) at columns `at` (n, T)."""
@@ -153,12 +158,12 @@ class TransformersCache(Cache):
     def __init__(self, rows: RowCache) -> None:
         self.rows = rows
         self._at: Tensor | None = None
-        self._row, self._start = 0, 0
+        self._row, self._start, self._columns = 0, 0, 0
         super().__init__(layers=[_Layer(self, i) for i in range(len(rows.keys))])
 
-    def next_tokens(self, at: Tensor) -> None:
-        """The next pass brings T tokens for each of the first n rows, for columns `at` (n, T)."""
-        self._at = at
+    def next_tokens(self, at: Tensor, columns: int) -> None:
+        """The next pass brings T tokens for each of the first n rows, for columns `at` (n, T), and looks at the first columns."""
+        self._at, self._columns = at, columns
 
     def chunk(self, row: int, start: int) -> None:
         """The next pass brings consecutive tokens of one row."""
@@ -168,10 +173,9 @@ class TransformersCache(Cache):
         """(B, H, T, D) new keys and values -> all that the pass may look at."""
         if self._at is not None:
             n = len(self._at)
-            longest = max(self.rows.lengths[:n])
             self.rows.put(layer, self._at, keys.transpose(1, 2), values.transpose(1, 2))
             k, v = self.rows.layer(layer)
-            return k[:n, :, :longest], v[:n, :, :longest]
+            return k[:n, :, : self._columns], v[:n, :, : self._columns]
         end = self._start + keys.shape[2]
         self.rows.put_chunk(layer, self._row, self._start, keys[0], values[0])
         k, v = self.rows.layer(layer)

@@ -42,6 +42,9 @@ def test_mixed_personas_equal_generate_in_float32_read_anew_and_from_memory(kind
             return "".join(e.text for e in events), events[-1].cached_tokens
 
         said = [await asyncio.gather(*(one(i, p) for i, p in enumerate(shared.PERSONAS))) for _ in range(2)]
+        recordings = engine._decoder.recordings
+        assert not recordings.failed
+        assert any(recordings._kept.values()), "steps are replayed as CUDA graphs"
         await engine.close()
         return said
 
