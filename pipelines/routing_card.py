@@ -50,6 +50,8 @@ def routing_figures(desk: Desk, read: Callable[[str], Sequence[Row]]) -> tuple[d
     figures["neutral_left_open"] = share(b.decision in ("fallback", "mix") for b in neutral)
     strangers = [_block(desk, row) for row in read("strangers")]
     inside, outside = [b.in_domain for b in (*blocks, *neutral)], [b.in_domain for b in strangers]
+    for name in ("short_retrieval", "short_uncovered", "short_strangers"):
+        figures[f"{name}_declined"] = share(_block(desk, row).decision == "decline" for row in read(name))
     figures |= {
         "strangers_declined": share(b.decision == "decline" for b in strangers),
         "near_misses_declined": share(b.decision == "decline" for b, r in zip(strangers, read("strangers"), strict=True) if r["kind"] == "near_miss"),

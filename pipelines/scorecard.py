@@ -85,8 +85,8 @@ def _request(row: Mapping[str, Any], model: str = "auto", max_tokens: int | None
 
 
 def _retrieval(desk: Desk, card: Scorecard) -> None:
-    """The first round's writers hide what they mean more than people do; the plain ones write as people do."""
-    for prefix in ("", "plain_"):
+    """The first round's writers hide what they mean more than people do; the plain ones write as people do, the short ones in a few words."""
+    for prefix in ("", "plain_", "short_"):
         rows = read(f"{prefix}retrieval")
         found = [desk.knowledge.match(r["text"], 3) for r in rows]
         top = [[m.article.id for m in matches] for matches in found]

@@ -23,12 +23,14 @@ from router.config import Config
 from router.feedback import FeedbackStore
 from router.knowledge import KnowledgeBase, Match
 from router.policy import Route, decide, together
-from router.query import MAX_TURNS, Profile, query_of, telling_words
+from router.query import MAX_TURNS, Profile, beginning, query_of, telling_words
 from router.schema import ChatRequest, DeskrouteBlock, FeedbackRequest, ReasonBlock, RouteInput, SegmentBlock, SourceBlock, parse_model
 from router.segment import Segmenter, requests_in
 from router.stream import in_turn
 from router.telemetry import Telemetry, log, new_request_id
 
+# Words of a message that the built-in models read; what it is about and who writes is found out from all of it.
+READ_WORDS = 60
 # Answers of a challenger in the shadow that are made at the same time; beyond that people come first.
 SHADOWS_AT_ONCE = 2
 DECLINED = (
@@ -167,11 +169,17 @@ class Desk:
         return bool(_answered(messages)) and self.follow_ups is not None and not self.follow_ups.goes_on(text)
 
     def _read(self, messages: tuple[Message, ...], match: Match | None, request: bool) -> tuple[Message, ...]:
-        """What its model reads of a conversation. The built-in ones know a request alone, and a request, its answer and what is said behind that."""
-        answered = _answered(messages)
-        if self.config.base != BUILTIN or not answered:
+        """What its model reads of a conversation. The built-in ones know a request alone, and a request, its answer and what is said behind that.
+
+        Of a long message they read the beginning: they take the answer from the article, and lose their place in it behind many words.
+        """
+        if self.config.base != BUILTIN:
             return messages
-        last = messages[_last_user_at(messages)]
+        read = tuple(replace(m, content=beginning(m.content, READ_WORDS)) if m.role == "user" else m for m in messages)
+        answered = _answered(messages)
+        if not answered:
+            return read
+        last = read[_last_user_at(messages)]
         if request:
             return (last,)
 
@@ -180,7 +188,7 @@ class Desk:
             return found is not None and match is not None and found.article.id == match.article.id
 
         at = next((i for i in reversed(answered) if is_of_it(i)), answered[0])
-        return (messages[at], messages[at + 1], last)
+        return (read[at], read[at + 1], last)
 
     def plan_input(self, item: RouteInput) -> DeskrouteBlock:
         """The block for one input of a batch."""

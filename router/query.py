@@ -24,6 +24,8 @@ MAX_TURNS = 8
 MAX_WORD_CHARS = 40
 
 _WORD = re.compile(r"\w+(?:['-]\w+)*")
+# A sentence ends before a space, so that "10.4.2" and "name@host.example" are none; a line ends one as well.
+_SENTENCE = re.compile(r".+?(?:[.!?]+(?=\s)|\n+|$)\s*", re.DOTALL)
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,7}")
 _NEUTRAL_WORDS = """
 a about actually again ah all already also always am an and another any anyone anything are as ask at back be been before but by bye can
@@ -106,6 +108,19 @@ def query_of(messages: Sequence[Message], profile: Profile | None = None) -> Que
 def telling_words(text: str) -> int:
     """How many different words say something about the matter, greetings and "still not working" left out."""
     return len({w for w in words_of(text) if len(w) > 1 and w not in _NEUTRAL})
+
+
+def beginning(text: str, words: int) -> str:
+    """The first whole sentences and lines of a text that have so many words; of a longer first one its first words. A text longer than MAX_CHARS stays."""
+    if len(text) > MAX_CHARS:
+        return text
+    kept, end = 0, 0
+    for piece in _SENTENCE.finditer(text):
+        kept += len(piece.group().split())
+        if kept > words:
+            break
+        end = piece.end()
+    return text[:end].strip() or " ".join(text.split()[:words])
 
 
 def words_of(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from persona_models.errors import ConfigError, InputError
 from persona_models.protocol import Message
 from router.features import FeatureSpace, profile_terms
-from router.query import MAX_CHARS, Profile, Query, query_of, words_of
+from router.query import MAX_CHARS, Profile, Query, beginning, query_of, words_of
 from router.text_space import TextSpace, char_grams
 
 TEXTS = [
@@ -215,3 +215,18 @@ def test_titles_that_share_a_stem_share_columns():
     assert space.reasons(new, weights * np.bincount(columns, values, len(space))) == [
         ('title "lohnbuchhalterin"', pytest.approx(float(values[grams].sum()), abs=1e-5))
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "begins"),
+    [
+        ("Hi. My VPN drops at 10.4.2 all day!\nRegards\nTom", 9, "Hi. My VPN drops at 10.4.2 all day!\nRegards"),
+        ("Hi. My VPN drops at 10.4.2 all day!\nRegards\nTom", 4, "Hi."),
+        ("one two three four", 3, "one two three"),
+        ("  \n ", 3, ""),
+        ("short", 60, "short"),
+        ("x " * 3000, 60, "x " * 3000),
+    ],
+)
+def test_a_texts_beginning_is_whole_sentences(text, words, begins):
+    assert beginning(text, words) == begins

@@ -15,7 +15,7 @@ from persona_models.protocol import BASE
 from router.article import Article, Step
 from router.classifier import PersonaClassifier
 from router.config import load_config
-from router.desk import Desk
+from router.desk import READ_WORDS, Desk
 from router.features import FeatureSpace
 from router.feedback import FeedbackStore
 from router.follow_up import FollowUps
@@ -433,6 +433,25 @@ async def test_of_a_long_conversation_the_built_in_models_read_the_matter_alone(
         body = (await client.post("/v1/chat/completions", json={"messages": messages, "model": "field"})).json()
     matter = said.index("the printer jams") if body["deskroute"]["sources"][0]["id"] == "printer" else 0
     assert heard == [[said[matter], said[matter + 1], said[-1]] if base == "builtin" else said]
+
+
+@pytest.mark.parametrize("base", ["builtin", "someone/large"])
+async def test_of_a_long_message_the_built_in_models_read_the_beginning(make_app, engine, monkeypatch, base):
+    """And all of it is looked at for the article; what no context holds goes on as it is, to be refused."""
+    heard = listened_to(engine, monkeypatch)
+    long = "My VPN keeps dropping. " + "It was raining that day and the trains were late. " * 10 + "Regards, Tom"
+    transport = httpx.ASGITransport(make_app(base=base))
+    async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+        for text in (long, "vpn drops " * 2000):
+            await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": text}], "model": "field"})
+    [first], [whole] = heard
+    assert whole == "vpn drops " * 2000
+    if base == "builtin":
+        assert first.startswith("My VPN keeps dropping. It was raining")
+        assert 50 < len(first.split()) <= READ_WORDS
+        assert first.endswith("were late.")
+    else:
+        assert first == long
 
 
 async def test_models_health_ready_metrics(http, engine):

@@ -29,6 +29,9 @@ ROWS = {
     ],
     "neutral": [{"text": NEUTRAL}, {"text": PAYROLL}],
     "strangers": [{"text": POEM, "kind": "creative"}, {"text": PAYROLL, "kind": "near_miss"}],
+    "short_retrieval": [{"text": "vpn drops"}, {"text": "reset my password"}],
+    "short_uncovered": [{"text": POEM}, {"text": "vpn drops"}, {"text": "vpn drops"}, {"text": "vpn drops"}],
+    "short_strangers": [{"text": POEM}],
     "two_requests": [
         {"text": f"{PAYROLL}. Also, {VAN}", "parts": [{"text": PAYROLL, "persona": "admin"}, {"text": VAN, "persona": "field"}]},
         {"text": f"{PAYROLL}. Also, {VAN}", "parts": [{"text": VAN, "persona": "field"}, {"text": PAYROLL, "persona": "admin"}]},
@@ -59,6 +62,7 @@ def test_every_figure_is_a_plain_count(figures):
         "unchanged_case": 1.0, "profile_decides_right": 0.5, "neutral_left_open": 0.5, "strangers_declined": 0.5, "near_misses_declined": 0.0,
         "requests_declined_unseen": 0.0, "two_requests_found": 0.5, "single_requests_split": 0.0, "conversations_right": 0.5,
         "conversations_right_follow_up": 1.0, "conversations_right_changed": 0.0,
+        "short_retrieval_declined": 0.0, "short_uncovered_declined": 0.25, "short_strangers_declined": 1.0,
     }  # fmt: skip
     assert {name: found[name] for name in want} == want
     assert 0 < found["personas_calibration_error"] < 1
