@@ -16,7 +16,7 @@ from torch import Tensor
 from persona_models.errors import ConfigError
 from persona_models.fused import FusedDecoder, fits
 from persona_models.gated_lora import LoraBank
-from persona_models.gpu import Recordings, fuse_norms, group_heads
+from persona_models.gpu import CudaGraphs, Recordings, lean
 from persona_models.row_cache import BLOCK, SPARE, RowCache, TransformersCache, chunk_mask
 
 ATTENTION = ("full_attention", "sliding_attention")
@@ -57,9 +57,10 @@ def make_decoder(model: Any, bank: LoraBank, rows: int, limit: int) -> Decoder:
         return FusedDecoder(model, bank, rows, limit)
     if model.device.type != "cuda":
         return TransformersDecoder(model, bank, rows, limit)
-    fuse_norms(model)
-    group_heads(model)
-    return TransformersDecoder(model, bank, rows, limit, Recordings())
+    lean(model)
+    # Frequencies that follow the longest row are chosen on the CPU.
+    steady = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") != "dynamic"
+    return TransformersDecoder(model, bank, rows, limit, Recordings(CudaGraphs(model.device)) if steady else None)
 
 
 class TransformersDecoder:
@@ -108,8 +109,9 @@ class TransformersDecoder:
             self.cache.lengths[row] += t
         if self.recordings is None:
             return self._step(said, columns, gate)
-        columns = min(self.cache.columns, -(-columns // BLOCK) * BLOCK)
-        state = (self.cache.columns, self.bank.rank, tuple(self.bank.layers))
+        block = max(BLOCK, _power(columns) // 4)
+        columns = min(self.cache.columns, -(-columns // block) * block)
+        state = (self.cache.growths, self.bank.layouts)
         step = partial(self._step, columns=columns, gate=gate)
         return self.recordings.run((rows, wide, columns, gate is None), state, step, said)[:n, :t]
 

@@ -26,6 +26,7 @@ from persona_models.base_model import BaseModel
 from persona_models.decoder import make_decoder
 from persona_models.errors import NotReadyError, QueueFullError, UnknownModelError, WorkError
 from persona_models.gated_lora import LoraBank, Merge
+from persona_models.gpu import give_back
 from persona_models.lookup import Lookup, Phrases, Said, guesses
 from persona_models.outbox import Outbox
 from persona_models.prefixes import BLOCK_TOKENS, Prefixes
@@ -203,6 +204,7 @@ class PersonaEngine:
     def uninstall(self) -> None:
         """After close: put the base's own layers and weights back, so that it can be used for something else."""
         self._bank.uninstall()
+        give_back(self.base.model)
         if self._merge:
             self._merge.undo()
 

@@ -77,6 +77,7 @@ class LoraBank:
         self.layers: dict[str, GatedLinear] = {}
         self.slots: dict[str, Slot] = {}
         self.rank = 0
+        self.layouts = 0  # how often the factors went to another place, or other layers became gated
 
     @torch.no_grad()
     def load(self, name: str, rank: int, factors: Factors) -> None:
@@ -107,6 +108,7 @@ class LoraBank:
         for module, layer in self.layers.items():
             parent, _, leaf = module.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, layer.base)
+        self.layouts += 1
         self.layers.clear()
         self.slots.clear()
         self.rank = 0
@@ -131,10 +133,12 @@ class LoraBank:
                 return Slot(start, rank)
             start = max(start, end)
         grow = start + rank - self.rank
-        for layer in self.layers.values():
-            layer.A = torch.cat([layer.A, layer.A.new_zeros(grow, layer.in_features)])
-            layer.B = torch.cat([layer.B, layer.B.new_zeros(grow, layer.out_features)])
+        # All of them before any is taken, as memory may end in between.
+        grown = [[torch.cat([f, f.new_zeros(grow, f.shape[1])]) for f in (layer.A, layer.B)] for layer in self.layers.values()]
+        for layer, (a, b) in zip(self.layers.values(), grown, strict=True):
+            layer.A, layer.B = a, b
         self.rank += grow
+        self.layouts += 1
         return Slot(start, rank)
 
     def _install(self, module: str) -> None:
@@ -143,6 +147,7 @@ class LoraBank:
         layer = GatedLinear(getattr(owner, leaf), self.gate, self.rank)
         setattr(owner, leaf, layer)
         self.layers[module] = layer
+        self.layouts += 1
 
 
 class Merge:

@@ -7,6 +7,7 @@ All of it computes what it stands in for. This file knows nothing of rows, reque
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -19,30 +20,48 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 log = logging.getLogger("deskroute")
-GROUPED = "grouped_sdpa"
+PLAIN, GROUPED = "sdpa", "grouped_sdpa"
 # Queries a head up to which heads are grouped: a step's few, not a prompt's many, whose mask would have to be repeated.
 FEW_QUERIES = 16
-# Recordings kept; each holds the logits of its shape, and the least recently used one goes first.
+# Recordings kept; the least recently used one goes first.
 MOST_RECORDINGS = 48
+# What the grouped way does not know of.
+_OTHER = ("softcap", "position_bias", "cache")
 
 Step = Callable[[Tensor], Tensor]
+# (step, an input like those to come, where to leave what it returns) -> the step as it will be replayed
+Record = Callable[[Step, Tensor, Tensor], Step]
+# CUDA records for one thread at a time.
+_RECORDING = threading.Lock()
 
 
-def record(step: Step, said: Tensor, pool: Any) -> Step:
-    """`step` on an input like `said` (on the CPU) as a CUDA graph; what it returns is overwritten by the next replay."""
-    pinned, given = said.pin_memory(), said.cuda()
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may load adapters meanwhile, which must not end the recording.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        out = step(given)
+class CudaGraphs:
+    """Records steps as CUDA graphs of one device."""
 
-    def replay(said: Tensor) -> Tensor:
-        pinned.copy_(said)
-        given.copy_(pinned, non_blocking=True)
-        graph.replay()
-        return out
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
-    return replay
+    def __call__(self, step: Step, said: Tensor, room: Tensor) -> Step:
+        """`said` is on the CPU. What a replay returns is overwritten by the next one, so it must have been looked at by then."""
+        pinned, given = said.pin_memory(), said.to(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), _RECORDING:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                # Other threads may load adapters meanwhile, which must not end the recording.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    out = _left_in(room, step(given))
+                finally:
+                    graph.capture_end()
+
+        def replay(said: Tensor) -> Tensor:
+            pinned.copy_(said)
+            given.copy_(pinned, non_blocking=True)
+            graph.replay()
+            return out
+
+        return replay
 
 
 class Recordings:
@@ -51,11 +70,12 @@ class Recordings:
     Where a model cannot be recorded, as it looks at numbers on the CPU in between, its steps go on running as they are: `failed` says why.
     """
 
-    def __init__(self, record: Callable[[Step, Tensor, Any], Step] = record) -> None:
+    def __init__(self, record: Record) -> None:
         self._record = record
         self._kept: OrderedDict[Hashable, Step | None] = OrderedDict()
         self._state: Hashable = None
-        self._pool: Any = None
+        # What all recordings return lies here, one at a time; a larger shape gets a larger one.
+        self._room: Tensor | None = None
         self.failed = ""
 
     def run(self, shape: Hashable, state: Hashable, step: Step, said: Tensor) -> Tensor:
@@ -63,28 +83,66 @@ class Recordings:
         if state != self._state:
             self._kept.clear()
             self._state = state
-            self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-        if self.failed or shape not in self._kept:
+        replay = self._recorded(shape, step, said)
+        if replay:
+            return replay(said)
+        out = step(said)
+        if self._room is None or self._room.numel() < out.numel():
+            self._room = out.new_empty(out.numel())
+        return out
+
+    def _recorded(self, shape: Hashable, step: Step, said: Tensor) -> Step | None:
+        """The shape's recording; None where its step is to run as it is."""
+        if self.failed:
+            return None
+        if shape not in self._kept:
             self._kept[shape] = None
             while len(self._kept) > MOST_RECORDINGS:
                 self._kept.popitem(last=False)
-            return step(said)
+            return None
         self._kept.move_to_end(shape)
-        replay = self._kept[shape]
-        if replay is None:
+        if self._kept[shape] is None and self._room is not None:
             try:
-                replay = self._kept[shape] = self._record(step, said, self._pool)
+                self._kept[shape] = self._record(step, said, self._room)
+            except torch.cuda.OutOfMemoryError:
+                # Those that are there take memory too; they are made again where there is some.
+                self._kept.clear()
+                return None
             except RuntimeError as e:
-                self.failed = str(e).splitlines()[0]
+                # Of a step that fails, the end of the recording only says that something did.
+                self.failed = (str(e.__context__ or e) or type(e).__name__).splitlines()[0]
+                self._kept.clear()
                 log.warning("decode steps cannot be recorded as CUDA graphs and run as they are: %s", self.failed)
-                return step(said)
-        return replay(said)
+        return self._kept.get(shape)
+
+
+def _left_in(room: Tensor, out: Tensor) -> Tensor:
+    """A copy of `out` at the beginning of `room` (at least as many numbers)."""
+    return room[: out.numel()].view_as(out).copy_(out)
+
+
+def lean(model: Any) -> None:
+    """Fuse a model's norms and group its heads; `give_back` undoes it."""
+    fuse_norms(model)
+    if getattr(model.config, "_attn_implementation", None) == PLAIN:
+        AttentionInterface.register(GROUPED, grouped_attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS[PLAIN])
+        model.set_attn_implementation(GROUPED)
+
+
+def give_back(model: Any) -> None:
+    """Let a model compute as transformers has it."""
+    for norm in model.modules():
+        if getattr(norm.__dict__.get("forward"), "func", None) is nn.functional.rms_norm:
+            del norm.forward
+    if getattr(model.config, "_attn_implementation", None) == GROUPED:
+        model.set_attn_implementation(PLAIN)
 
 
 def fuse_norms(model: nn.Module) -> int:
     """Let the RMS norms of a model run as torch's own, one launch instead of seven; returns how many do.
 
-    Only norms that torch's agrees with on random numbers; some families weigh with 1 + weight.
+    Only norms that torch's agrees with on some numbers; some families weigh with 1 + weight.
     """
     fused = 0
     for norm in model.modules():
@@ -93,8 +151,9 @@ def fuse_norms(model: nn.Module) -> int:
             continue
         own = partial(nn.functional.rms_norm, normalized_shape=tuple(weight.shape), weight=weight, eps=eps)
         x = torch.linspace(-3, 3, 2 * weight.numel(), dtype=weight.dtype, device=weight.device).view(2, -1)
+        near = 4 * torch.finfo(weight.dtype).eps
         with torch.no_grad():
-            alike = torch.allclose(norm(x).float(), own(x).float(), rtol=2 * torch.finfo(weight.dtype).eps, atol=torch.finfo(weight.dtype).eps)
+            alike = torch.allclose(norm(x).float(), own(x).float(), rtol=near, atol=near)
         if alike:
             norm.forward = own
             fused += 1
@@ -104,20 +163,17 @@ def fuse_norms(model: nn.Module) -> int:
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa attention, where a step's query heads (n, H, T, D) that share a key head are more queries of it, so that every key is read once."""
+    """transformers' sdpa attention, where a step's query heads (n, H, T, D) that share a key head are more queries of it, so that every key is read once.
+
+    A single query a head transformers groups itself.
+    """
     groups = query.shape[1] // key.shape[1]
-    if groups == 1 or attention_mask is None or attention_mask.shape[1] != 1 or not 1 < query.shape[2] <= FEW_QUERIES or kwargs.get("softcap"):
+    few = 1 < query.shape[2] <= FEW_QUERIES
+    plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in _OTHER)
+    if groups == 1 or not few or not plain or attention_mask is None or attention_mask.shape[1] != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     n, heads, t, dim = query.shape
     asked = query.reshape(n, key.shape[1], groups * t, dim)
     mask = attention_mask.repeat(1, 1, groups, 1)
     attended = nn.functional.scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scaling)
     return attended.reshape(n, heads, t, -1).transpose(1, 2).contiguous(), None
-
-
-def group_heads(model: Any) -> None:
-    """Let a model that attends by torch's sdpa do it by `grouped_attention`."""
-    if getattr(model.config, "_attn_implementation", None) == "sdpa":
-        AttentionInterface.register(GROUPED, grouped_attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-        model.set_attn_implementation(GROUPED)

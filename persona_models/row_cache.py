@@ -28,6 +28,7 @@ class RowCache:
         self.values: list[Tensor | None] = [None] * layers
         self.lengths = [0] * rows
         self.columns = min(BLOCK, self.limit)
+        self.growths = 0  # how often keys and values went to another place, or were about to
         self._rows = torch.arange(rows, device=device)[:, None]
         self._counted = torch.arange(self.limit, device=device)
 
@@ -35,6 +36,7 @@ class RowCache:
         """Make room for rows of `columns` tokens."""
         if columns <= self.columns:
             return
+        self.growths += 1
         wide = min(self.limit, max(2 * self.columns, -(-columns // BLOCK) * BLOCK))
         for kind in (self.keys, self.values):
             for i, old in enumerate(kind):

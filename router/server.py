@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import logging
 import math
@@ -29,6 +31,8 @@ from router.loading import router_in_force, settle_lineup
 from router.loopback import HOOK
 
 READY_TIMEOUT_S = 180
+# How long answers in flight may take to end once the server is told to stop.
+DRAIN_S = 20
 
 
 def check(config: Config) -> None:
@@ -54,7 +58,7 @@ def check(config: Config) -> None:
 
 @contextlib.contextmanager
 def running(config: Config) -> Iterator[dict[str, Any]]:
-    """Start Ray and the application, yield the pools' status once all are ready, and stop both.
+    """Start Ray and the application, yield the pools' status once all are ready, and stop both, once answers in flight have ended.
 
     Raises NotReadyError, with what the pools say, if they are not ready in time.
     """
@@ -71,16 +75,17 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
     # Serve's own lines would bury the ready line.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            _temp_dir=str(scratch),
-            num_cpus=_logical_cpus(config),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-            runtime_env={"worker_process_setup_hook": HOOK, "env_vars": {"PYTHONPATH": _python_path()}},
-        )
+        with _own_signals():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                _temp_dir=str(scratch),
+                num_cpus=_logical_cpus(config),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+                runtime_env={"worker_process_setup_hook": HOOK, "env_vars": {"PYTHONPATH": _python_path()}},
+            )
         try:
             serve.start(
                 http_options=HTTPOptions(host=config.http.host, port=config.http.port),
@@ -90,6 +95,7 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
         except (RuntimeError, RayError) as e:
             raise WorkError(f"the application did not start: {_cause(str(e))}") from None
         yield _wait_until_ready(config)
+        _drain(scratch)
     finally:
         # Whatever state start-up had reached, nothing may stay behind. Ray reports its own actors' end as failures; nobody needs to read that.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
@@ -106,9 +112,10 @@ def serve_forever(config: Config) -> None:
     stop, up = threading.Event(), threading.Event()
 
     def asked(*_: object) -> None:
+        again = stop.is_set()
         stop.set()
-        if not up.is_set():
-            # Nobody waits for `stop` yet: break off whatever start-up is at.
+        if again or not up.is_set():
+            # Nobody waits for `stop` any more, or yet: break off what is being done.
             raise KeyboardInterrupt
 
     previous = {s: signal.signal(s, asked) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -128,11 +135,49 @@ def serve_forever(config: Config) -> None:
             print(f"deskroute: ready in {time.monotonic() - began:.0f} s at {url}/v1 (base {config.base} on {devices}; {shown})", flush=True)
             while not stop.wait(0.5):
                 pass
-            print("deskroute: stopping ...", file=sys.stderr, flush=True)
+            print(f"deskroute: stopping; answers in flight have {DRAIN_S} s to end, Ctrl-C again stops at once ...", file=sys.stderr, flush=True)
     finally:
         whereabouts.withdraw(config.state)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray's core installs a handler that ends the process on SIGTERM, with a trace and its files left behind; ours come back afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+def _drain(scratch: Path) -> None:
+    """Take no more requests, and wait until those in flight have ended, at most DRAIN_S; HAProxy knows of all of them."""
+    deadline = time.monotonic() + DRAIN_S
+    with contextlib.suppress(OSError):
+        for address in scratch.glob("*/admin.sock"):
+            _tell_haproxy(address, "disable frontend http_frontend")
+            while time.monotonic() < deadline and _in_flight(_tell_haproxy(address, "show stat")):
+                time.sleep(0.1)
+
+
+def _tell_haproxy(address: Path, command: str) -> str:
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.settimeout(5)
+        admin.connect(str(address))
+        admin.sendall(f"{command}\n".encode())
+        return b"".join(iter(lambda: admin.recv(65536), b"")).decode()
+
+
+def _in_flight(stats: str) -> int:
+    """Requests that an application's backend is serving or has queued, by HAProxy's table of statistics."""
+    rows = csv.DictReader(io.StringIO(stats.removeprefix("# ")))
+    return sum(int(r["scur"] or 0) + int(r["qcur"] or 0) for r in rows if r["svname"] == "BACKEND" and r["pxname"] != "stats")
 
 
 def _logical_cpus(config: Config) -> int:

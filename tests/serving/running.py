@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -82,3 +83,14 @@ class Server:
         os.killpg(self.process.pid, signal.SIGINT)
         self.process.wait(60)
         return time.monotonic() - began
+
+    def stop_as_a_supervisor(self) -> None:
+        """As systemd and Docker do: SIGTERM, to the one process."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+
+    @property
+    def scratch(self) -> set[Path]:
+        """The temporary folders that the processes below the server name in their command lines."""
+        said = [Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace") for pid in descendants(self.process.pid)]
+        return {Path(found) for line in said for found in re.findall(r"[^\0=]*/deskroute-\w+(?=/)", line)}

@@ -114,7 +114,8 @@ def live(tmp_path_factory):
     try:
         yield live
     finally:
-        live.server.stop()
+        if live.server.process.poll() is None:
+            live.server.stop()
 
 
 QUESTIONS = ["My VPN keeps dropping at the customer's site", "the printer in the van does not print", "I cannot sign in on the tablet"]
@@ -233,3 +234,14 @@ def test_a_registry_that_is_gone_takes_nothing_down(live):
         assert "Traceback" not in done.stderr
     finally:
         store.write_bytes(saved)
+
+
+def test_sigterm_ends_cleanly_and_leaves_nothing_behind(live):
+    """Last in the file: it stops the shared server. Ray's core would end the process with a trace."""
+    scratch = live.server.scratch
+    assert scratch
+    live.server.stop_as_a_supervisor()
+    assert live.server.process.returncode == 0, live.server.log.read_text()
+    assert "deskroute: stopping" in live.server.log.read_text()
+    assert "SIGTERM received" not in live.server.log.read_text()
+    assert not [folder for folder in scratch if folder.exists()]

@@ -14,7 +14,7 @@ from persona_models.adapters import read_adapter
 from persona_models.base_model import load_base
 from persona_models.decoder import TransformersDecoder
 from persona_models.gated_lora import LoraBank
-from persona_models.gpu import GROUPED, MOST_RECORDINGS, Recordings, fuse_norms, group_heads
+from persona_models.gpu import GROUPED, MOST_RECORDINGS, Recordings, fuse_norms, give_back, lean
 from persona_models.row_cache import BLOCK
 
 _spec = importlib.util.spec_from_file_location("shared", Path(__file__).parent.parent / "conftest.py")
@@ -30,17 +30,13 @@ class Traces:
     def __init__(self):
         self.made, self.replayed = 0, 0
 
-    def __call__(self, step, said, pool):
+    def __call__(self, step, said, room):
         self.made += 1
-        traced = make_fx(step)(said.clone())
-        out = None
+        traced = make_fx(lambda said: room[: (out := step(said)).numel()].view_as(out).copy_(out))(said.clone())
 
         def replay(said):
-            nonlocal out
             self.replayed += 1
-            new = traced(said)
-            out = new if out is None else out.copy_(new)
-            return out
+            return traced(said)
 
         return replay
 
@@ -52,7 +48,7 @@ def test_recorded_steps_give_the_logits_of_plain_ones(kind, tmp_path, tiny_token
     cache that grows."""
     folder = shared.save_tiny(kind, tmp_path / "base", tiny_tokenizer, context=1024, **({"sliding_window": 20} if kind == "mistral" else {}))
     base = load_base(str(folder), device="cpu")
-    group_heads(base.model)
+    lean(base.model)
     bank = LoraBank(base.model)
 
     def adapter(seed, rank):
@@ -116,13 +112,31 @@ def test_recorded_steps_give_the_logits_of_plain_ones(kind, tmp_path, tiny_token
 
 
 def test_a_model_that_cannot_be_recorded_runs_on():
-    def refuse(step, said, pool):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    def refuse(step, said, room):
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        finally:
+            raise RuntimeError("the capture failed due to a previous error")
 
     recordings = Recordings(refuse)
     for i in range(4):
         assert recordings.run("shape", 0, lambda said: said * 2, torch.tensor([i])).item() == 2 * i
     assert recordings.failed == "operation not permitted when stream is capturing"
+
+
+def test_without_memory_recordings_are_given_up_for_the_moment():
+    traces, full = Traces(), iter([True, False])
+
+    def record(step, said, room):
+        if next(full):
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return traces(step, said, room)
+
+    recordings = Recordings(record)
+    for i in range(5):  # plain, no memory and plain, plain as if new, recorded, replayed
+        assert recordings.run("shape", 0, lambda said: said * 2, torch.tensor([i])).item() == 2 * i
+    assert not recordings.failed
+    assert (traces.made, traces.replayed) == (1, 2)
 
 
 def test_the_least_recently_used_recording_goes_first():
@@ -154,9 +168,9 @@ def test_fused_norms_and_grouped_heads_change_no_logits(kind, tmp_path, tiny_tok
         torch.manual_seed(2)
         for name, p in model.named_parameters():
             p.data += torch.randn_like(p) if "norm" in name else 0
-    assert fuse_norms(changed) == (9 if kind == "qwen3" else 5)
-    group_heads(changed)
+    lean(changed)
     assert changed.config._attn_implementation == GROUPED
+    assert fuse_norms(changed) == (9 if kind == "qwen3" else 5)
     ids = torch.randint(5, 300, (3, 7))
     mask = torch.zeros(3, 1, 7, 7).masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf"))
     mask[1, :, 3:, :2] = float("-inf")
@@ -164,6 +178,9 @@ def test_fused_norms_and_grouped_heads_change_no_logits(kind, tmp_path, tiny_tok
         torch.testing.assert_close(
             changed(input_ids=ids, attention_mask=given).logits, plain(input_ids=ids, attention_mask=given).logits, atol=1e-5, rtol=1e-4
         )
+    give_back(changed)
+    assert changed.config._attn_implementation == plain.config._attn_implementation
+    assert torch.equal(changed(input_ids=ids, attention_mask=mask).logits, plain(input_ids=ids, attention_mask=mask).logits)
 
 
 @torch.no_grad()
