@@ -75,6 +75,15 @@ class Requests(_Voiced):
 
 
 @dataclass(frozen=True)
+class Topical(_Voiced):
+    """A message of one sender with one matter or two, by the articles that answer them, in order."""
+
+    text: str
+    topics: tuple[str, ...]
+    voice: str
+
+
+@dataclass(frozen=True)
 class Titles:
     """Job titles and departments by persona. Who has been there for fewer than `first_days` is of `newcomers`, whatever the title, save `lasting`."""
 
@@ -102,6 +111,7 @@ class RouterData:
     lexicon: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # word lists by what their words have in common
     talks: tuple[Talk, ...] = ()
     requests: tuple[Requests, ...] = ()
+    matters: tuple[Topical, ...] = ()
     follow_ups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # kind -> what people write behind an answer
 
 
@@ -137,6 +147,7 @@ def read_router_corpus(corpus_dir: Path, personas: Sequence[str] = ()) -> Router
             for r in _objects(router / f"{name}.jsonl")
         ),
         requests=tuple(_requests(r) for r in _objects(router / "two_requests.jsonl")),
+        matters=tuple(Topical(str(r["text"]), tuple(map(str, r["topics"])), str(r["voice"])) for r in _objects(router / "two_matters.jsonl")),
         follow_ups=_follow_ups(router / "follow_ups.yaml"),
         phrases={p.stem: _lines(p) for p in sorted((corpus_dir / "phrases").glob("*.txt")) if p.stem in known},
     )

@@ -65,6 +65,12 @@ def routing_figures(desk: Desk, read: Callable[[str], Sequence[Row]]) -> tuple[d
         "two_requests_found": share(s == w for s, w in zip(said, both, strict=True) if len(w) == 2),
         "single_requests_split": share(len(s) > 1 for s, w in zip(said, both, strict=True) if len(w) == 1),
     }
+    messages = read("two_matters")
+    blocks = [_block(desk, row) for row in messages]
+    figures |= {
+        "two_matters_found": share([s.id for s in b.sources] == r["topics"] for b, r in zip(blocks, messages, strict=True) if len(r["topics"]) == 2),
+        "one_matter_split": share(len(b.segments) > 1 for b, r in zip(blocks, messages, strict=True) if len(r["topics"]) == 1),
+    }
     talks = read("conversations")
     led = [_leading(desk.plan([Message(m["role"], m["content"]) for m in row["messages"]], Profile()).block) for row in talks]
     for kind in ("", "follow_up", "changed"):

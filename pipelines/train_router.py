@@ -29,6 +29,7 @@ from pipelines.router_corpus import FOLDS, Labelled, RouterData, Titles, folds, 
 from pipelines.router_report import RouterReport, measure
 from pipelines.train_follow_ups import fit_follow_ups
 from pipelines.train_knowledge import fit_knowledge
+from pipelines.train_matters import fit_matters
 from pipelines.train_segments import fit_segmenter, fit_trust
 from router.artefact import MANIFEST
 from router.classifier import PersonaClassifier, Tells, sigmoid, softmax
@@ -36,7 +37,9 @@ from router.features import FeatureSpace
 from router.follow_up import FollowUps
 from router.knowledge import KnowledgeBase
 from router.lexicon import Lexicon
+from router.matters import Matters
 from router.query import Profile
+from router.segment import Segmenter
 from router.text_space import TextSpace
 
 # Strength of the fits (scikit-learn's C) and of the pull of term weights towards 1; chosen on voices left out of training.
@@ -77,8 +80,9 @@ def train_router(
     report = measure(about, classifier, knowledge, data.prompts)
     other = _measure_rival(rival, about, data.prompts, personas, encoder) if rival else None
     follow_ups, figures = fit_follow_ups(data.follow_ups, [r.text for r in seen((*data.prompts, *data.uncovered))], seed)
-    report = replace(report, metrics={**report.metrics, **figures})
-    version = _write(out_dir, classifier, knowledge, follow_ups, report.metrics)
+    matters, split = fit_matters(knowledge, Segmenter.from_facts(classifier.segments), data, seed)
+    report = replace(report, metrics={**report.metrics, **figures, **split})
+    version = _write(out_dir, classifier, knowledge, (follow_ups, matters), report.metrics)
     return replace(report, version=version, rival=other)
 
 
@@ -282,14 +286,17 @@ def _fit_in_domain(
     return np.concatenate([w * slope, np.zeros(len(space) - space.n_text)]), b * slope + shift, threshold
 
 
-def _write(out_dir: Path, classifier: PersonaClassifier, knowledge: KnowledgeBase, follow_ups: FollowUps | None, metrics: Mapping[str, float]) -> str:
+def _write(
+    out_dir: Path, classifier: PersonaClassifier, knowledge: KnowledgeBase, others: Sequence[FollowUps | Matters | None], metrics: Mapping[str, float]
+) -> str:
     """Write the artefact beside `out_dir`, then rename it into place; returns the router's version."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         versions = {"classifier": classifier.save(fresh), "knowledge": knowledge.save(fresh)}
-        if follow_ups:
-            follow_ups.save(fresh)
+        for part in others:
+            if part:
+                part.save(fresh)
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(fresh.iterdir())}
         version = hashlib.sha256("".join(files.values()).encode()).hexdigest()[:12]
         about = {"version": version, "parts": versions, "personas": classifier.personas, "files": files, "metrics": dict(metrics)}

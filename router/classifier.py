@@ -24,6 +24,7 @@ from router.query import Query
 
 if TYPE_CHECKING:
     from router.follow_up import FollowUps
+    from router.matters import Matters
 
 FILE = "classifier.safetensors"
 FORMAT = 2
@@ -130,7 +131,9 @@ class PersonaClassifier:
         self.trust = float(trust)
         self.segments = segments
         self.tells = tells
-        self.follow_ups: FollowUps | None = None  # set by whoever loads the whole artefact
+        # Set by whoever loads the whole artefact.
+        self.follow_ups: FollowUps | None = None
+        self.matters: Matters | None = None
 
     def score(self, queries: Sequence[Query]) -> list[Scores]:
         """Score queries, each by itself; about a third of a millisecond a query."""

@@ -90,7 +90,7 @@ class Desk:
         """Route by another classifier and other articles from the next request on."""
         self.classifier, self.knowledge = classifier, knowledge
         self.segmenter = Segmenter.from_facts(classifier.segments)
-        self.follow_ups = classifier.follow_ups
+        self.follow_ups, self.matters = classifier.follow_ups, classifier.matters
         self.values = {**knowledge.values, **self.config.desk.values()}
 
     # -- routing ----------------------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,8 @@ class Desk:
         if found:
             route = together([r for _, r in found])
         else:
-            found = [(query.text, route)]
+            matters = self._matters(messages) if several else []
+            found = [(text, route) for text in matters] or [(query.text, route)]
         said_last = [_last_user(messages)] if len(found) == 1 else [text for text, _ in found]
         fixed = self._fixed(route, messages, query.text)
         requests = [self._is_request(messages, text) for text in said_last]
@@ -163,6 +164,13 @@ class Desk:
             self.config.base == BUILTIN and self.follow_ups is not None and _answered(messages) and self.follow_ups.says_thanks(_last_user(messages))
         )
         return fill(SOLVED, self.values) if thanks else ""
+
+    def _matters(self, messages: Sequence[Message]) -> list[str]:
+        """The two matters of a last turn that is of one sender; none where it holds one, or goes on about an answer."""
+        last = _last_user(messages)
+        if self.matters is None or self.segmenter is None or (_answered(messages) and not self._is_request(messages, last)):
+            return []
+        return self.matters.split(self.knowledge, self.segmenter, last)
 
     def _is_request(self, messages: Sequence[Message], text: str) -> bool:
         """Whether a last message, or a part of it, asks for something by itself, rather than go on about the answer before it."""

@@ -13,6 +13,7 @@ from router.classifier import PersonaClassifier
 from router.config import Config
 from router.follow_up import FollowUps
 from router.knowledge import KnowledgeBase, load_folder
+from router.matters import Matters
 from router.telemetry import log
 
 SHIPPED = Path(__file__).parent.parent / "persona_models" / "builtin" / "router"
@@ -59,7 +60,7 @@ def load_router(config: Config, pinned: Pinned) -> tuple[PersonaClassifier, Know
     classifier = PersonaClassifier.load(folder, tuple(p.id for p in config.catalogue()), config.router.encoder)
     if config.router.encoder and classifier.space.encoder is None:
         log.warning("router.encoder: the router in force was trained without one; run `deskroute retrain router` to have one that uses it")
-    classifier.follow_ups = FollowUps.load(folder)
+    classifier.follow_ups, classifier.matters = FollowUps.load(folder), Matters.load(folder)
     classifier.version = version if version == BUILTIN or version.isdigit() else classifier.version
     return classifier, _knowledge(config, folder)
 

@@ -38,7 +38,7 @@ KINDS = ("line", "sentence", "stop", "comma", "word")
 _JOINING = re.compile(r"(?<![\s,;–—-])(?:[\s,;–—-]+(?:and|plus|oh|then))?[\s,;–—-]*$", re.IGNORECASE)
 _WORD_START = re.compile(r"\b\w")
 # How the second request often begins.
-_CUE = re.compile(
+CUE = re.compile(
     r"(?:\W*(?:and|oh|but|then)\W+)?(?:also|another|second|2\b|two\b|next|others?|separately|p\.?\s?s\b|while|plus|besides|one more|unrelated|on top"
     r"|in addition|additionally|meanwhile|furthermore|for me|mine|me,|my own|me:|different|completely|whilst|same (?:time|call)"
     r"|(?:he|she|they|our|the new)\b)",
@@ -91,6 +91,11 @@ def cuts(text: str) -> list[Cut]:
     return found[:MAX_PIECES]
 
 
+def halves(text: str, cut: Cut) -> tuple[str, str]:
+    """What stands before and after a cut, without the space around it and what only joined the two."""
+    return _JOINING.sub("", text[: cut.end]).strip(), text[cut.start :].strip()
+
+
 def pieces_of(text: str, places: Sequence[Cut]) -> list[list[str]]:
     """The words between one cut and the next, from the beginning of the text to its end."""
     bounds = [0, *(c.start for c in places), len(text)]
@@ -135,7 +140,7 @@ class Segmenter:
             for i, segment in enumerate(segments):
                 found = self._best(classifier, segment, needs)
                 if found:
-                    segments[i : i + 1] = [_JOINING.sub("", segment[: found.end]).strip(), segment[found.start :].strip()]
+                    segments[i : i + 1] = halves(segment, found)
                     break
             else:
                 break
@@ -178,7 +183,7 @@ def features(classifier: PersonaClassifier, text: str, places: Sequence[Cut], pi
     log_a, log_b = np.log(softmax(np.stack([a, b])) + 1e-9)
     gain = log_a[each, p] + log_b[each, q] - (log_a + log_b).max(axis=1)
     least = np.minimum(a[each, p] - a[each, q], b[each, q] - b[each, p])
-    cue = np.array([bool(_CUE.match(text, c.start)) for c in places], dtype=np.float64)
+    cue = np.array([bool(CUE.match(text, c.start)) for c in places], dtype=np.float64)
     tells = np.stack([heads[:, -1], tails[:, -1]]).clip(-4, 4)
     before = evidence.words.cumsum()[:-1]
     return np.column_stack(

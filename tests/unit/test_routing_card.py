@@ -37,6 +37,12 @@ ROWS = {
         {"text": f"{PAYROLL}. Also, {VAN}", "parts": [{"text": VAN, "persona": "field"}, {"text": PAYROLL, "persona": "admin"}]},
         {"text": PAYROLL, "parts": [{"text": PAYROLL, "persona": "admin"}]},
     ],
+    "two_matters": [
+        {"text": "My VPN keeps dropping at home. Also, the laptop battery is empty after an hour.", "topics": ["vpn", "battery"]},
+        {"text": "My VPN keeps dropping at home.", "topics": ["vpn", "battery"]},
+        {"text": "My VPN keeps dropping at home. Also, the laptop battery is empty after an hour.", "topics": ["vpn"]},
+        {"text": "My VPN keeps dropping at home.", "topics": ["vpn"]},
+    ],
     "conversations": [
         {"messages": [{"role": "user", "content": VAN}, {"role": "assistant", "content": "Done."}, {"role": "user", "content": "still not"}],
          "persona": "field", "kind": "follow_up"},
@@ -63,6 +69,7 @@ def test_every_figure_is_a_plain_count(figures):
         "requests_declined_unseen": 0.0, "two_requests_found": 0.5, "single_requests_split": 0.0, "conversations_right": 0.5,
         "conversations_right_follow_up": 1.0, "conversations_right_changed": 0.0,
         "short_retrieval_declined": 0.0, "short_uncovered_declined": 0.25, "short_strangers_declined": 1.0,
+        "two_matters_found": 0.5, "one_matter_split": 0.5,
     }  # fmt: skip
     assert {name: found[name] for name in want} == want
     assert 0 < found["personas_calibration_error"] < 1

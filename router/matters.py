@@ -1,0 +1,107 @@
+"""One message -> the two matters in it, where they are of one sender and each has an article of its own.
+
+Requests of different personas are told apart by segment.py. Here both sides of a place where another request may begin are looked up, and a small
+logistic model decides whether they are two matters or one told at length; its weights are a part of the router's artefact, fitted in
+pipelines/train_matters.py. A router that was trained without it has none. Knows nothing of personas or answers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from persona_models.errors import ConfigError
+from router.artefact import read_checked
+from router.knowledge import KnowledgeBase
+from router.segment import CUE, KINDS, Cut, Segmenter, cuts, halves, pieces_of, words_around
+
+FILE = "matters.json"
+FEATURES = ("worse side", "better side", "whole", "whole is of neither", "cue", "words at the cut", "shorter side", "length", *KINDS)
+# Cuts of a long message whose sides are looked up: those whose words speak for one most.
+MOST_CUTS = 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A cut with different articles on its sides, first and second, and what speaks for it, in the order of FEATURES."""
+
+    cut: Cut
+    first: str
+    second: str
+    features: tuple[float, ...]
+
+
+def pairs_in(knowledge: KnowledgeBase, segmenter: Segmenter, text: str) -> list[Pair]:
+    """The cuts of a message that could lie between two matters."""
+    places = cuts(text)
+    if not places:
+        return []
+    said = [sum(segmenter.words.get(w, 0.0) for w in words) for words in words_around(pieces_of(text, places))]
+    cues = [float(bool(CUE.match(text, c.start))) for c in places]
+    whole = knowledge.match(text, 1)
+    found = []
+    for i in sorted(range(len(places)), key=lambda i: -(said[i] + cues[i]))[:MOST_CUTS]:
+        cut = places[i]
+        sides = text[: cut.end], text[cut.start :]
+        first, second = (knowledge.match(side, 1) for side in sides)
+        if not (whole and first and second) or first[0].article.id == second[0].article.id:
+            continue
+        words = sorted(len(side.split()) for side in sides)
+        features = (
+            *(_odds(s) for s in sorted((first[0].score, second[0].score))),
+            _odds(whole[0].score),
+            float(whole[0].article.id not in (first[0].article.id, second[0].article.id)),
+            cues[i],
+            said[i],
+            float(np.log(max(1, words[0]))),
+            float(np.log(max(1, sum(words)))),
+            *(float(cut.kind == kind) for kind in KINDS),
+        )
+        found.append(Pair(cut, first[0].article.id, second[0].article.id, features))
+    return found
+
+
+def _odds(score: float) -> float:
+    return float(np.log((score + 0.01) / (1.01 - score)))
+
+
+class Matters:
+    """weights (D,) in the order of FEATURES; a cut whose sum with `bias` is positive lies between two matters."""
+
+    def __init__(self, weights: np.ndarray, bias: float) -> None:
+        if np.shape(weights) != (len(FEATURES),):
+            raise ConfigError(
+                f"router: there are {np.shape(weights)} weights for matters, {len(FEATURES)} are wanted; run `deskroute retrain router`"
+            )
+        self.weights, self.bias = np.asarray(weights, dtype=np.float64), float(bias)
+
+    def best(self, pairs: list[Pair]) -> Pair | None:
+        """The likeliest cut, if it is one."""
+        if not pairs:
+            return None
+        scores = np.array([p.features for p in pairs]) @ self.weights + self.bias
+        return pairs[int(scores.argmax())] if scores.max() > 0 else None
+
+    def split(self, knowledge: KnowledgeBase, segmenter: Segmenter, text: str) -> list[str]:
+        """The two matters in a message, in order, as pieces of its text; none where it holds one."""
+        found = self.best(pairs_in(knowledge, segmenter, text))
+        return list(halves(text, found.cut)) if found else []
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder."""
+        facts = {"weights": {name: round(float(w), 4) for name, w in zip(FEATURES, self.weights, strict=True)}, "bias": round(self.bias, 4)}
+        (folder / FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Matters | None:
+        """What a router's folder has; None for one that was trained without. Raises ConfigError where it is damaged."""
+        if not (folder / FILE).exists():
+            return None
+        try:
+            facts = json.loads(read_checked(folder / FILE))
+            return cls(np.array([facts["weights"][name] for name in FEATURES], dtype=np.float64), float(facts["bias"]))
+        except (OSError, KeyError, TypeError, ValueError) as e:
+            raise ConfigError(f"router: {folder / FILE} is damaged ({e}); run `deskroute retrain router`") from None
