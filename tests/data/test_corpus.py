@@ -214,7 +214,18 @@ def said(row):
 def test_the_evaluation_set_is_nobodys_training_text(corpus):
     """Neither word for word nor nearly; texts of fewer than six words ("is the wifi down?") may be alike, and "did that" is anybody's."""
     texts = [p.text for p in corpus.prompts]
-    for name in ("persona", "profiles", "neutral", "out_of_domain", "uncovered", "odd_requests", "two_requests", "two_matters", "talks", "conversations"):
+    for name in (
+        "persona",
+        "profiles",
+        "neutral",
+        "out_of_domain",
+        "uncovered",
+        "odd_requests",
+        "two_requests",
+        "two_matters",
+        "talks",
+        "conversations",
+    ):
         texts += [text for r in rows(f"router/{name}.jsonl") for text in said(r)]
     trained = {" ".join(text.lower().split()) for text in texts}
     by_word: dict[str, list[frozenset[str]]] = {}
