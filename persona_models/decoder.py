@@ -58,8 +58,8 @@ def make_decoder(model: Any, bank: LoraBank, rows: int, limit: int) -> Decoder:
     if model.device.type != "cuda":
         return TransformersDecoder(model, bank, rows, limit)
     lean(model)
-    # Frequencies that follow the longest row are chosen on the CPU.
-    steady = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") != "dynamic"
+    # Frequencies that follow the longest row are chosen on the CPU; some families have other ones for each kind of layer.
+    steady = not any(kind in str(getattr(model.config, "rope_parameters", None)) for kind in ("dynamic", "longrope"))
     return TransformersDecoder(model, bank, rows, limit, Recordings(CudaGraphs(model.device)) if steady else None)
 
 

@@ -29,8 +29,8 @@ MOST_RECORDINGS = 48
 _OTHER = ("softcap", "position_bias", "cache")
 
 Step = Callable[[Tensor], Tensor]
-# (step, an input like those to come, where to leave what it returns) -> the step as it will be replayed
-Record = Callable[[Step, Tensor, Tensor], Step]
+# (step, an input like those to come, where to leave what it returns, which generation of recordings it is of) -> the step as it will be replayed
+Record = Callable[[Step, Tensor, Tensor, int], Step]
 # CUDA records for one thread at a time.
 _RECORDING = threading.Lock()
 
@@ -39,17 +39,21 @@ class CudaGraphs:
     """Records steps as CUDA graphs of one device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._pools: dict[int, Any] = {}
 
-    def __call__(self, step: Step, said: Tensor, room: Tensor) -> Step:
+    def __call__(self, step: Step, said: Tensor, room: Tensor, generation: int) -> Step:
         """`said` is on the CPU. What a replay returns is overwritten by the next one, so it must have been looked at by then."""
+        if generation not in self._pools:
+            # Memory that recordings share; once the last of them is gone it cannot be recorded into again.
+            self._pools = {generation: torch.cuda.graph_pool_handle()}
         pinned, given = said.pin_memory(), said.to(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), _RECORDING:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 # Other threads may load adapters meanwhile, which must not end the recording.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=self._pools[generation], capture_error_mode="thread_local")
                 try:
                     out = _left_in(room, step(given))
                 finally:
@@ -74,6 +78,7 @@ class Recordings:
         self._record = record
         self._kept: OrderedDict[Hashable, Step | None] = OrderedDict()
         self._state: Hashable = None
+        self._generation = 0
         # What all recordings return lies here, one at a time; a larger shape gets a larger one.
         self._room: Tensor | None = None
         self.failed = ""
@@ -81,7 +86,7 @@ class Recordings:
     def run(self, shape: Hashable, state: Hashable, step: Step, said: Tensor) -> Tensor:
         """step(said), said a tensor of integers on the CPU. state: what recordings hold on to; where it differs from the last call's, all are made anew."""
         if state != self._state:
-            self._kept.clear()
+            self._forget()
             self._state = state
         replay = self._recorded(shape, step, said)
         if replay:
@@ -103,17 +108,21 @@ class Recordings:
         self._kept.move_to_end(shape)
         if self._kept[shape] is None and self._room is not None:
             try:
-                self._kept[shape] = self._record(step, said, self._room)
+                self._kept[shape] = self._record(step, said, self._room, self._generation)
             except torch.cuda.OutOfMemoryError:
                 # Those that are there take memory too; they are made again where there is some.
-                self._kept.clear()
+                self._forget()
                 return None
             except RuntimeError as e:
                 # Of a step that fails, the end of the recording only says that something did.
                 self.failed = (str(e.__context__ or e) or type(e).__name__).splitlines()[0]
-                self._kept.clear()
+                self._forget()
                 log.warning("decode steps cannot be recorded as CUDA graphs and run as they are: %s", self.failed)
         return self._kept.get(shape)
+
+    def _forget(self) -> None:
+        self._kept.clear()
+        self._generation += 1
 
 
 def _left_in(room: Tensor, out: Tensor) -> Tensor:

@@ -131,6 +131,8 @@ def bench_route(config: Any) -> list[dict[str, Any]]:
         "requests in it": lambda t: requests_in(classifier, segmenter, Query(t), config.policy),
         "article": knowledge.best,
     }
+    if (matters := classifier.matters) and segmenter:
+        parts["matters in it"] = lambda t: matters.split(knowledge, segmenter, t)
     parts["all of it"] = lambda t: [run(t) for name, run in parts.items() if name != "all of it"]
     rows = []
     for name, run in parts.items():

@@ -37,6 +37,7 @@ FURTHER = 16
 # Ways of the engine without guesses and without remembered prompts: what its steps cost, whatever the texts.
 BARE = ", bare"
 RANK = 8
+PAGE_TOKENS = 256
 
 
 @dataclass
@@ -103,20 +104,21 @@ class Contest:
 
         def run(n: int) -> Timing:
             if self.base.device.type == "cuda":
-                # A server has recorded the shapes of its steps after its first requests; an engine of this run has not.
+                # A server has recorded the shapes of its steps after its first requests; an engine of this run has not. With other articles, as long,
+                # so that no prompt of the run itself is remembered.
                 for _ in range(2):
-                    asyncio.run(self._ask(engine, n, gate_of))
-            return asyncio.run(self._ask(engine, n, gate_of))
+                    asyncio.run(self._ask(engine, n, gate_of, [" ".join(reversed(text.split())) for text in self.articles]))
+            return asyncio.run(self._ask(engine, n, gate_of, self.articles))
 
         return run
 
-    async def _ask(self, engine: PersonaEngine, n: int, gate_of: Callable[[int], dict[str, float]]) -> Timing:
+    async def _ask(self, engine: PersonaEngine, n: int, gate_of: Callable[[int], dict[str, float]], shown: Sequence[str]) -> Timing:
         timing = Timing(0.0)
 
         async def one(i: int) -> None:
             await asyncio.sleep(STAGGER_S * i)
             asked = time.perf_counter()
-            request = GenerateRequest(str(i), _messages(i), gate_of(i), self.articles[i % len(REQUESTS)], self._length(i))
+            request = GenerateRequest(str(i), _messages(i), gate_of(i), shown[i % len(REQUESTS)], self._length(i))
             first = 0.0
             async for event in engine.generate(request):
                 first = first or time.perf_counter()
@@ -181,7 +183,7 @@ class Contest:
 
     def continuous(self, model: Any) -> Way:
         """transformers' own continuous batching, on the base."""
-        from transformers import GenerationConfig
+        from transformers import ContinuousBatchingConfig, GenerationConfig
 
         def run(n: int) -> Timing:
             config = GenerationConfig(
@@ -190,7 +192,12 @@ class Contest:
                 eos_token_id=-1,
                 pad_token_id=self.base.tokenizer.pad_token_id,
             )
-            with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
+            limits = None
+            if self.base.device.type == "cpu":
+                # By itself it takes most of the machine's memory; this holds all requests at once.
+                longest = max(len(self._prompt(i)) + self._length(i) for i in range(n))
+                limits = ContinuousBatchingConfig(num_blocks=n * (longest // PAGE_TOKENS + 1), page_size=PAGE_TOKENS, max_batch_tokens=4096)
+            with model.continuous_batching_context_manager(config, block=True, timeout=5, continuous_batching_config=limits) as manager:
                 began = time.perf_counter()
                 waiting = {manager.add_request(self._prompt(i), max_new_tokens=self._length(i)) for i in range(n)}
                 while waiting:

@@ -63,7 +63,7 @@ def explain(desk: Desk, item: RouteInput, *, colour: bool) -> str:
     lines += ["", f"  a request at all: {scores.in_domain:.2f} (needs {scores.min_in_domain:.2f})"]
     lines += [f"  the sender can be told: {scores.known:.2f} (needs {scores.min_known:.2f})", ""]
     if len(block.segments) > 1:
-        lines += [f"  {n}. {s.persona}: {s.text}" for n, s in enumerate(block.segments, 1)] + [""]
+        lines += [f"  {n}. {s.persona or '-'}: {s.text}" for n, s in enumerate(block.segments, 1)] + [""]
     lines += [
         _marked(query.turns[0] if query.turns else query.text, reasons, desk.classifier.space.text.words, colour),
         "",

@@ -6,7 +6,7 @@ Knows nothing of features or models.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def read_router_corpus(corpus_dir: Path, personas: Sequence[str] = ()) -> Router
             for r in _objects(router / f"{name}.jsonl")
         ),
         requests=tuple(_requests(r) for r in _objects(router / "two_requests.jsonl")),
-        matters=tuple(Topical(str(r["text"]), tuple(map(str, r["topics"])), str(r["voice"])) for r in _objects(router / "two_matters.jsonl")),
+        matters=tuple(_topical(r, known) for r in _objects(router / "two_matters.jsonl")),
         follow_ups=_follow_ups(router / "follow_ups.yaml"),
         phrases={p.stem: _lines(p) for p in sorted((corpus_dir / "phrases").glob("*.txt")) if p.stem in known},
     )
@@ -232,6 +232,13 @@ def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
 def _requests(row: Mapping[str, Any]) -> Requests:
     parts = tuple((str(p["text"]), str(p["persona"])) for p in row["parts"])
     return Requests(str(row["text"]), parts, str(row["voice"]))
+
+
+def _topical(row: Mapping[str, Any], known: Collection[str]) -> Topical:
+    topics = tuple(map(str, row["topics"]))
+    if strangers := set(topics) - set(known):
+        raise WorkError(f"router/two_matters.jsonl: {', '.join(sorted(strangers))}: no article of that name")
+    return Topical(str(row["text"]), topics, str(row["voice"]))
 
 
 def _lines(path: Path) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from pipelines.router_corpus import RouterData, Topical, seen
 from router.knowledge import KnowledgeBase
-from router.matters import Matters, Pair, pairs_in
+from router.matters import Matters, pairs_in
 from router.segment import Segmenter, cuts
 
 C = 1.0
@@ -23,7 +23,7 @@ MAX_FALSE_SPLITS = 0.005
 
 
 def fit_matters(knowledge: KnowledgeBase, segmenter: Segmenter | None, data: RouterData, seed: int = 0) -> tuple[Matters | None, dict[str, float]]:
-    """The model and its figures on the held-out voices; None where there is no segmenter, or the corpus has too few messages with two matters.
+    """The model and its figures on the voices that the corpus holds out; None where there is no segmenter, or too little to learn from.
 
     A message with two matters teaches the cut that has its two articles in order on the sides, the surest of several; one with a single matter, that
     none of its cuts is one.
@@ -43,18 +43,17 @@ def fit_matters(knowledge: KnowledgeBase, segmenter: Segmenter | None, data: Rou
         else:
             rows += [p.features for p in pairs]
             labels += [0] * len(pairs)
+    if len(set(labels)) < 2:
+        return None, {}
     scaler, model = StandardScaler(), LogisticRegression(C=C, max_iter=2000)
     make_pipeline(scaler, model).fit(np.array(rows), labels)
     weights = model.coef_[0] / scaler.scale_
     bias = float(model.intercept_[0] - weights @ scaler.mean_)
-    single = [_highest(weights, pairs) for m, pairs in zip(told, found, strict=True) if len(m.topics) == 1]
-    made = Matters(weights, -float(np.quantile(np.array(single), 1 - MAX_FALSE_SPLITS))) if single else Matters(weights, bias)
+    made = Matters(weights, bias)
+    single = [max(map(made.score, pairs), default=-np.inf) for m, pairs in zip(told, found, strict=True) if len(m.topics) == 1]
+    made.bias -= max(0.0, float(np.quantile(single, 1 - MAX_FALSE_SPLITS, method="lower")))
     held = [Topical(r.text, (r.topic,), r.voice) for r in data.prompts if r.held_out and cuts(r.text)]
     return made, measure_matters(made, knowledge, segmenter, [*(m for m in data.matters if m.held_out), *held])
-
-
-def _highest(weights: np.ndarray, pairs: Sequence[Pair]) -> float:
-    return max((float(np.array(p.features) @ weights) for p in pairs), default=-1e9)
 
 
 def measure_matters(made: Matters, knowledge: KnowledgeBase, segmenter: Segmenter, messages: Sequence[Topical]) -> dict[str, float]:

@@ -34,8 +34,8 @@ APP_NAME, INGRESS = "deskroute", "ingress"
 EVERY_REPLICA_S = 60.0
 # An answer whose replica dies before its first token is asked for again, this often.
 RETRIES = 2
-# How long running answers may take to finish once the server is told to stop.
-DRAIN_S = 5
+# How long a replica that is to stop waits for its answers; those of a whole server were waited for by then, see server.DRAIN_S.
+REPLICA_GRACE_S = 5
 
 
 def build(config: Config | Mapping[str, Any], *, since_ms: int | None = None) -> serve.Application:
@@ -55,7 +55,7 @@ def build(config: Config | Mapping[str, Any], *, since_ms: int | None = None) ->
         num_replicas=config.http.replicas,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0.1},
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=REPLICA_GRACE_S,
         graceful_shutdown_wait_loop_s=0.5,
     )
     return ingress.bind(config, pools, since_ms)
@@ -75,7 +75,7 @@ def _pool(config: Config, pool: Pool, total_replicas: int, since_ms: int) -> ser
         max_ongoing_requests=pool.rows + pool.queue + 16,
         max_queued_requests=pool.replicas * (pool.rows + pool.queue) + 64,
         ray_actor_options={"num_cpus": pool.cpus, "num_gpus": gpus},
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=REPLICA_GRACE_S,
         graceful_shutdown_wait_loop_s=0.5,
     )
     return deployment.bind(

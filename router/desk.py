@@ -166,7 +166,7 @@ class Desk:
         return fill(SOLVED, self.values) if thanks else ""
 
     def _matters(self, messages: Sequence[Message]) -> list[str]:
-        """The two matters of a last turn that is of one sender; none where it holds one, or goes on about an answer."""
+        """The matters of a last turn that is of one sender; none where it holds one, or goes on about an answer."""
         last = _last_user(messages)
         if self.matters is None or self.segmenter is None or (_answered(messages) and not self._is_request(messages, last)):
             return []
@@ -183,20 +183,22 @@ class Desk:
         """
         if self.config.base != BUILTIN:
             return messages
-        read = tuple(replace(m, content=beginning(m.content, READ_WORDS)) if m.role == "user" else m for m in messages)
-        answered = _answered(messages)
+
+        def shown(*at: int) -> tuple[Message, ...]:
+            return tuple(replace(m, content=beginning(m.content, READ_WORDS)) if m.role == "user" else m for m in (messages[i] for i in at))
+
+        answered, last = _answered(messages), _last_user_at(messages)
         if not answered:
-            return read
-        last = read[_last_user_at(messages)]
+            return shown(*range(len(messages)))
         if request:
-            return (last,)
+            return shown(last)
 
         def is_of_it(i: int) -> bool:
             found = self.knowledge.best(messages[i].content)
             return found is not None and match is not None and found.article.id == match.article.id
 
         at = next((i for i in reversed(answered) if is_of_it(i)), answered[0])
-        return (read[at], read[at + 1], last)
+        return shown(at, at + 1, last)
 
     def plan_input(self, item: RouteInput) -> DeskrouteBlock:
         """The block for one input of a batch."""

@@ -1,4 +1,4 @@
-"""One message -> the two matters in it, where they are of one sender and each has an article of its own.
+"""One message -> the matters in it, where they are of one sender and each has an article of its own.
 
 Requests of different personas are told apart by segment.py. Here both sides of a place where another request may begin are looked up, and a small
 logistic model decides whether they are two matters or one told at length; its weights are a part of the router's artefact, fitted in
@@ -8,6 +8,7 @@ pipelines/train_matters.py. A router that was trained without it has none. Knows
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,14 @@ import numpy as np
 from persona_models.errors import ConfigError
 from router.artefact import read_checked
 from router.knowledge import KnowledgeBase
+from router.query import MAX_CHARS
 from router.segment import CUE, KINDS, Cut, Segmenter, cuts, halves, pieces_of, words_around
 
 FILE = "matters.json"
 FEATURES = ("worse side", "better side", "whole", "whole is of neither", "cue", "words at the cut", "shorter side", "length", *KINDS)
 # Cuts of a long message whose sides are looked up: those whose words speak for one most.
 MOST_CUTS = 8
+MOST_MATTERS = 4
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Pair:
 
 def pairs_in(knowledge: KnowledgeBase, segmenter: Segmenter, text: str) -> list[Pair]:
     """The cuts of a message that could lie between two matters."""
-    places = cuts(text)
+    places = cuts(text, MAX_CHARS)
     if not places:
         return []
     said = [sum(segmenter.words.get(w, 0.0) for w in words) for words in words_around(pieces_of(text, places))]
@@ -46,25 +49,25 @@ def pairs_in(knowledge: KnowledgeBase, segmenter: Segmenter, text: str) -> list[
     for i in sorted(range(len(places)), key=lambda i: -(said[i] + cues[i]))[:MOST_CUTS]:
         cut = places[i]
         sides = text[: cut.end], text[cut.start :]
-        first, second = (knowledge.match(side, 1) for side in sides)
-        if not (whole and first and second) or first[0].article.id == second[0].article.id:
+        first, second = (knowledge.best(side) for side in sides)
+        if not (whole and first and second) or first.article.id == second.article.id:
             continue
         words = sorted(len(side.split()) for side in sides)
         features = (
-            *(_odds(s) for s in sorted((first[0].score, second[0].score))),
-            _odds(whole[0].score),
-            float(whole[0].article.id not in (first[0].article.id, second[0].article.id)),
+            *(_log_odds(s) for s in sorted((first.score, second.score))),
+            _log_odds(whole[0].score),
+            float(whole[0].article.id not in (first.article.id, second.article.id)),
             cues[i],
             said[i],
             float(np.log(max(1, words[0]))),
             float(np.log(max(1, sum(words)))),
             *(float(cut.kind == kind) for kind in KINDS),
         )
-        found.append(Pair(cut, first[0].article.id, second[0].article.id, features))
+        found.append(Pair(cut, first.article.id, second.article.id, features))
     return found
 
 
-def _odds(score: float) -> float:
+def _log_odds(score: float) -> float:
     return float(np.log((score + 0.01) / (1.01 - score)))
 
 
@@ -78,17 +81,24 @@ class Matters:
             )
         self.weights, self.bias = np.asarray(weights, dtype=np.float64), float(bias)
 
-    def best(self, pairs: list[Pair]) -> Pair | None:
+    def score(self, pair: Pair) -> float:
+        """Log-odds that a cut lies between two matters."""
+        return float(np.array(pair.features) @ self.weights + self.bias)
+
+    def best(self, pairs: Sequence[Pair]) -> Pair | None:
         """The likeliest cut, if it is one."""
-        if not pairs:
-            return None
-        scores = np.array([p.features for p in pairs]) @ self.weights + self.bias
-        return pairs[int(scores.argmax())] if scores.max() > 0 else None
+        found = max(pairs, key=self.score, default=None)
+        return found if found and self.score(found) > 0 else None
 
     def split(self, knowledge: KnowledgeBase, segmenter: Segmenter, text: str) -> list[str]:
-        """The two matters in a message, in order, as pieces of its text; none where it holds one."""
-        found = self.best(pairs_in(knowledge, segmenter, text))
-        return list(halves(text, found.cut)) if found else []
+        """The matters in a message, in order, as pieces of its text, MOST_MATTERS at most; none where it holds one."""
+        pieces, at = [text], 0
+        while at < len(pieces) < MOST_MATTERS:
+            if found := self.best(pairs_in(knowledge, segmenter, pieces[at])):
+                pieces[at : at + 1] = halves(pieces[at], found.cut)
+            else:
+                at += 1
+        return pieces if len(pieces) > 1 else []
 
     def save(self, folder: Path) -> None:
         """Write it into a folder."""

@@ -25,7 +25,8 @@ MAX_WORD_CHARS = 40
 
 _WORD = re.compile(r"\w+(?:['-]\w+)*")
 # A sentence ends before a space, so that "10.4.2" and "name@host.example" are none; a line ends one as well.
-_SENTENCE = re.compile(r".+?(?:[.!?]+(?=\s)|\n+|$)\s*", re.DOTALL)
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|\n|\Z")
+_RUN = re.compile(r"\S+")
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,7}")
 _NEUTRAL_WORDS = """
 a about actually again ah all already also always am an and another any anyone anything are as ask at back be been before but by bye can
@@ -111,16 +112,16 @@ def telling_words(text: str) -> int:
 
 
 def beginning(text: str, words: int) -> str:
-    """The first whole sentences and lines of a text that have so many words; of a longer first one its first words. A text longer than MAX_CHARS stays."""
-    if len(text) > MAX_CHARS:
-        return text
-    kept, end = 0, 0
-    for piece in _SENTENCE.finditer(text):
-        kept += len(piece.group().split())
-        if kept > words:
+    """A text's first sentences and lines of so many words together; where the next one would leave less than half of them, its first words as well."""
+    kept = end = 0
+    for found in _SENTENCE_END.finditer(text):
+        more = len(text[end : found.end()].split())
+        if kept + more > words:
             break
-        end = piece.end()
-    return text[:end].strip() or " ".join(text.split()[:words])
+        kept, end = kept + more, found.end()
+    if kept < words / 2:
+        end = next((m.end() for n, m in enumerate(_RUN.finditer(text), 1) if n == words), len(text))
+    return text[:end].strip()
 
 
 def words_of(text: str) -> list[str]:

@@ -78,8 +78,8 @@ class Cut:
     kind: str
 
 
-def cuts(text: str) -> list[Cut]:
-    """Possible cuts, from left to right; none within the first or the last few words, and none in what is longer than is scored at all."""
+def cuts(text: str, most: int = MAX_PIECES) -> list[Cut]:
+    """The first possible cuts, from left to right; none within the first or the last few words, and none in what is longer than is scored at all."""
     if len(text) > MAX_CHARS:
         return []
     starts = [m.start() for m in _WORD_START.finditer(text)]
@@ -88,7 +88,7 @@ def cuts(text: str) -> list[Cut]:
         before = bisect_left(starts, m.end())
         if before >= MIN_WORDS and len(starts) - before >= MIN_WORDS:
             found.append(Cut(m.start(), m.end(), str(m.lastgroup)))
-    return found[:MAX_PIECES]
+    return found[:most]
 
 
 def halves(text: str, cut: Cut) -> tuple[str, str]:

@@ -95,15 +95,16 @@ def running(config: Config) -> Iterator[dict[str, Any]]:
         except (RuntimeError, RayError) as e:
             raise WorkError(f"the application did not start: {_cause(str(e))}") from None
         yield _wait_until_ready(config)
-        _drain(scratch)
+        with contextlib.suppress(KeyboardInterrupt):
+            _drain(scratch)
     finally:
         # Whatever state start-up had reached, nothing may stay behind. Ray reports its own actors' end as failures; nobody needs to read that.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        with _undisturbed(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
             with contextlib.suppress(Exception):
                 serve.shutdown()
             with contextlib.suppress(Exception):
                 ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def serve_forever(config: Config) -> None:
@@ -115,7 +116,7 @@ def serve_forever(config: Config) -> None:
         again = stop.is_set()
         stop.set()
         if again or not up.is_set():
-            # Nobody waits for `stop` any more, or yet: break off what is being done.
+            # Nobody waits for `stop` any more, or yet: break off start-up, or waiting for answers.
             raise KeyboardInterrupt
 
     previous = {s: signal.signal(s, asked) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -135,6 +136,8 @@ def serve_forever(config: Config) -> None:
             print(f"deskroute: ready in {time.monotonic() - began:.0f} s at {url}/v1 (base {config.base} on {devices}; {shown})", flush=True)
             while not stop.wait(0.5):
                 pass
+            # Promotions and the like need not look for this server any more.
+            whereabouts.withdraw(config.state)
             print(f"deskroute: stopping; answers in flight have {DRAIN_S} s to end, Ctrl-C again stops at once ...", file=sys.stderr, flush=True)
     finally:
         whereabouts.withdraw(config.state)
@@ -156,12 +159,25 @@ def _own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What is done here is not broken off by Ctrl-C or SIGTERM."""
+    with _own_signals():
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        yield
+
+
 def _drain(scratch: Path) -> None:
     """Take no more requests, and wait until those in flight have ended, at most DRAIN_S; HAProxy knows of all of them."""
     deadline = time.monotonic() + DRAIN_S
     with contextlib.suppress(OSError):
         for address in scratch.glob("*/admin.sock"):
             _tell_haproxy(address, "disable frontend http_frontend")
+            # Connections that are open already could bring more.
+            for backend, server in _servers(_tell_haproxy(address, "show stat")):
+                _tell_haproxy(address, f"set server {backend}/{server} state drain")
             while time.monotonic() < deadline and _in_flight(_tell_haproxy(address, "show stat")):
                 time.sleep(0.1)
 
@@ -174,10 +190,18 @@ def _tell_haproxy(address: Path, command: str) -> str:
         return b"".join(iter(lambda: admin.recv(65536), b"")).decode()
 
 
+def _table(stats: str) -> list[dict[str, str]]:
+    return [r for r in csv.DictReader(io.StringIO(stats.removeprefix("# "))) if r["pxname"] != "stats"]
+
+
+def _servers(stats: str) -> list[tuple[str, str]]:
+    """(backend, server) of what answers requests, by HAProxy's table of statistics."""
+    return [(r["pxname"], r["svname"]) for r in _table(stats) if r["svname"] not in ("FRONTEND", "BACKEND")]
+
+
 def _in_flight(stats: str) -> int:
-    """Requests that an application's backend is serving or has queued, by HAProxy's table of statistics."""
-    rows = csv.DictReader(io.StringIO(stats.removeprefix("# ")))
-    return sum(int(r["scur"] or 0) + int(r["qcur"] or 0) for r in rows if r["svname"] == "BACKEND" and r["pxname"] != "stats")
+    """Requests that are being answered or wait for it."""
+    return sum(int(r["scur"] or 0) + int(r["qcur"] or 0) for r in _table(stats) if r["svname"] == "BACKEND")
 
 
 def _logical_cpus(config: Config) -> int:

@@ -85,7 +85,7 @@ class Server:
         return time.monotonic() - began
 
     def stop_as_a_supervisor(self) -> None:
-        """As systemd and Docker do: SIGTERM, to the one process."""
+        """As Docker does, and systemd with KillMode=mixed: SIGTERM, to the one process."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(60)
 

@@ -134,8 +134,9 @@ def test_bad_input_over_the_wire(server):
     url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
     assert httpx.post(url, content=b"{").json()["error"]["message"].startswith("the body is not valid JSON")
     assert httpx.post(url, content=b"x" * 1_100_000).status_code == 413
-    long = httpx.post(url, json={"messages": [{"role": "user", "content": "printer jam " * 2000}]}, timeout=60)
-    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    # Of which the built-in models read the beginning.
+    long = httpx.post(url, json={"messages": [{"role": "user", "content": "the printer jams. " * 2000}]}, timeout=60)
+    assert long.json()["choices"][0]["finish_reason"] == "stop"
 
 
 def test_feedback_reaches_the_store(server, client):

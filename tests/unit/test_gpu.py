@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,12 @@ class Traces:
 
     def __init__(self):
         self.made, self.replayed = 0, 0
+        self.of: dict[int, list] = {}
 
-    def __call__(self, step, said, room):
+    def __call__(self, step, said, room, generation):
+        # As CUDA's allocator does, refuse memory whose recordings are all gone.
+        alive = self.of.setdefault(generation, [])
+        assert not alive or any(one() for one in alive)
         self.made += 1
         traced = make_fx(lambda said: room[: (out := step(said)).numel()].view_as(out).copy_(out))(said.clone())
 
@@ -38,6 +43,7 @@ class Traces:
             self.replayed += 1
             return traced(said)
 
+        alive.append(weakref.ref(replay))
         return replay
 
 
@@ -112,7 +118,7 @@ def test_recorded_steps_give_the_logits_of_plain_ones(kind, tmp_path, tiny_token
 
 
 def test_a_model_that_cannot_be_recorded_runs_on():
-    def refuse(step, said, room):
+    def refuse(step, said, room, generation):
         try:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         finally:
@@ -127,10 +133,10 @@ def test_a_model_that_cannot_be_recorded_runs_on():
 def test_without_memory_recordings_are_given_up_for_the_moment():
     traces, full = Traces(), iter([True, False])
 
-    def record(step, said, room):
+    def record(step, said, room, generation):
         if next(full):
             raise torch.cuda.OutOfMemoryError("no memory")
-        return traces(step, said, room)
+        return traces(step, said, room, generation)
 
     recordings = Recordings(record)
     for i in range(5):  # plain, no memory and plain, plain as if new, recorded, replayed

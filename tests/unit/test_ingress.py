@@ -437,21 +437,21 @@ async def test_of_a_long_conversation_the_built_in_models_read_the_matter_alone(
 
 @pytest.mark.parametrize("base", ["builtin", "someone/large"])
 async def test_of_a_long_message_the_built_in_models_read_the_beginning(make_app, engine, monkeypatch, base):
-    """And all of it is looked at for the article; what no context holds goes on as it is, to be refused."""
+    """And all of it is looked at for the article."""
     heard = listened_to(engine, monkeypatch)
     long = "My VPN keeps dropping. " + "It was raining that day and the trains were late. " * 10 + "Regards, Tom"
     transport = httpx.ASGITransport(make_app(base=base))
     async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
-        for text in (long, "vpn drops " * 2000):
+        for text in (long, "vpn drops " * 3000):
             await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": text}], "model": "field"})
     [first], [whole] = heard
-    assert whole == "vpn drops " * 2000
     if base == "builtin":
+        assert whole == ("vpn drops " * 30).strip()
         assert first.startswith("My VPN keeps dropping. It was raining")
         assert 50 < len(first.split()) <= READ_WORDS
         assert first.endswith("were late.")
     else:
-        assert first == long
+        assert (first, whole) == (long, "vpn drops " * 3000)
 
 
 async def test_models_health_ready_metrics(http, engine):
