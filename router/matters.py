@@ -25,6 +25,8 @@ FEATURES = ("worse side", "better side", "whole", "whole is of neither", "cue", 
 # Cuts of a long message whose sides are looked up: those whose words speak for one most.
 MOST_CUTS = 8
 MOST_MATTERS = 4
+# More than two are rare: in log-odds, how much surer each further cut must be.
+FURTHER = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Matters:
         """The matters in a message, in order, as pieces of its text, MOST_MATTERS at most; none where it holds one."""
         pieces, at = [text], 0
         while at < len(pieces) < MOST_MATTERS:
-            if found := self.best(pairs_in(knowledge, segmenter, pieces[at])):
+            found = self.best(pairs_in(knowledge, segmenter, pieces[at]))
+            if found and (len(pieces) == 1 or self.score(found) > FURTHER):
                 pieces[at : at + 1] = halves(pieces[at], found.cut)
             else:
                 at += 1
