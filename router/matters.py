@@ -8,8 +8,9 @@ pipelines/train_matters.py. A router that was trained without it has none. Knows
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,33 +40,40 @@ class Pair:
     features: tuple[float, ...]
 
 
-def pairs_in(knowledge: KnowledgeBase, segmenter: Segmenter, text: str) -> list[Pair]:
-    """The cuts of a message that could lie between two matters."""
+def pairs_in(
+    knowledge: KnowledgeBase, segmenter: Segmenter, text: str, worth: Callable[[Sequence[Sequence[float]]], bool] | None = None
+) -> list[Pair]:
+    """The cuts of a message that could lie between two matters.
+
+    worth: whether any of the features that a cut may turn out to have would be of use; where not, its sides are not looked up.
+    """
     places = cuts(text, MAX_CHARS)
-    if not places:
+    whole = knowledge.match(text, 1) if places else []
+    if not whole:
         return []
     said = [sum(segmenter.words.get(w, 0.0) for w in words) for words in words_around(pieces_of(text, places))]
     cues = [float(bool(CUE.match(text, c.start))) for c in places]
-    whole = knowledge.match(text, 1)
     found = []
     for i in sorted(range(len(places)), key=lambda i: -(said[i] + cues[i]))[:MOST_CUTS]:
         cut = places[i]
         sides = text[: cut.end], text[cut.start :]
-        first, second = (knowledge.best(side) for side in sides)
-        if not (whole and first and second) or first.article.id == second.article.id:
-            continue
         words = sorted(len(side.split()) for side in sides)
-        features = (
-            *(_log_odds(s) for s in sorted((first.score, second.score))),
-            _log_odds(whole[0].score),
-            float(whole[0].article.id not in (first.article.id, second.article.id)),
-            cues[i],
-            said[i],
-            float(np.log(max(1, words[0]))),
-            float(np.log(max(1, sum(words)))),
-            *(float(cut.kind == kind) for kind in KINDS),
-        )
-        found.append(Pair(cut, first.article.id, second.article.id, features))
+        known = (cues[i], said[i], *(float(np.log(max(1, n))) for n in (words[0], sum(words))), *(float(cut.kind == kind) for kind in KINDS))
+
+        def features(one: float, other: float, neither: bool, known: tuple[float, ...] = known) -> tuple[float, ...]:
+            return (*(_log_odds(s) for s in sorted((one, other))), _log_odds(whole[0].score), float(neither), *known)
+
+        if worth and not worth([features(x, y, neither) for x, y in ((0, 0), (0, 1), (1, 1)) for neither in (False, True)]):
+            continue
+        first = knowledge.best(sides[0])
+        if not first:
+            continue
+        if worth and not worth([features(first.score, x, neither) for x in (0, first.score, 1) for neither in (False, True)]):
+            continue
+        second = knowledge.best(sides[1])
+        if second and first.article.id != second.article.id:
+            neither = whole[0].article.id not in (first.article.id, second.article.id)
+            found.append(Pair(cut, first.article.id, second.article.id, features(first.score, second.score, neither)))
     return found
 
 
@@ -96,12 +104,16 @@ class Matters:
         """The matters in a message, in order, as pieces of its text, MOST_MATTERS at most; none where it holds one."""
         pieces, at = [text], 0
         while at < len(pieces) < MOST_MATTERS:
-            found = self.best(pairs_in(knowledge, segmenter, pieces[at]))
-            if found and (len(pieces) == 1 or self.score(found) > FURTHER):
+            needs = 0.0 if len(pieces) == 1 else FURTHER
+            found = self.best(pairs_in(knowledge, segmenter, pieces[at], partial(self._any, needs=needs)))
+            if found and self.score(found) > needs:
                 pieces[at : at + 1] = halves(pieces[at], found.cut)
             else:
                 at += 1
         return pieces if len(pieces) > 1 else []
+
+    def _any(self, rows: Sequence[Sequence[float]], needs: float) -> bool:
+        return bool((np.array(rows) @ self.weights + self.bias).max() > needs)
 
     def save(self, folder: Path) -> None:
         """Write it into a folder."""

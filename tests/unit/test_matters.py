@@ -18,7 +18,7 @@ from router.config import load_config
 from router.loading import SHIPPED
 from router.matters import FEATURES, FILE, Matters, pairs_in
 from router.query import Profile
-from router.segment import cuts
+from router.segment import cuts, halves
 
 PERSONAS = ("leadership", "knowledge_worker", "field", "admin", "new_hire")
 TWO = {
@@ -89,6 +89,27 @@ def test_only_cuts_with_different_articles_are_looked_at(desk):
         assert len(pair.features) == len(FEATURES)
         assert np.isfinite(pair.features).all()
     assert pairs_in(desk.knowledge, desk.segmenter, "\u00e9 " * 60) == []
+
+
+def test_cuts_that_cannot_be_one_are_not_looked_up_and_none_is_missed(desk, monkeypatch):
+    """Against the obvious way: every cut looked up, then the best one asked whether it is enough."""
+    data = read_router_corpus(CORPUS, PERSONAS)
+    texts = [m.text for m in data.matters[::4]] + [r.text for r in data.prompts[::700]]
+    slow = []
+    for text in texts:
+        found = desk.matters.best(pairs_in(desk.knowledge, desk.segmenter, text))
+        slow.append(halves(text, found.cut) if found else ())
+    looked, best = [], desk.knowledge.best
+    monkeypatch.setattr(desk.knowledge, "best", lambda text: looked.append(text) or best(text))
+    for text, pieces in zip(texts, slow, strict=True):
+        fast = desk.matters.split(desk.knowledge, desk.segmenter, text)
+        assert bool(fast) == bool(pieces)
+        if len(fast) == 2:
+            assert tuple(fast) == pieces
+    fast_looks = len(looked)
+    for text in texts:
+        pairs_in(desk.knowledge, desk.segmenter, text)
+    assert fast_looks < len(looked) - fast_looks
 
 
 def test_it_is_fitted_from_the_corpus(desk):
