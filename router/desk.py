@@ -37,8 +37,12 @@ DECLINED = (
     "I am the IT service desk and can only help with IT matters: sign-in, devices, programs, networks, access. "
     "If this is about IT, say in a sentence what does not work; people are on {desk_phone}."
 )
-# To thanks behind an answer, for the built-in models, which would apologise.
+# To thanks and to complaints behind an answer, for the built-in models, which take some of the one for the other.
 SOLVED = "Good to hear. If it comes back, write again, or call {desk_phone}."
+UNSOLVED = (
+    "That goes beyond what I have written down. Call {desk_phone}, or write a ticket in {desk_portal}: what you tried, what you saw, and since when. "
+    "People can look at it with you."
+)
 # To a greeting, or a cry for help that says nothing of the matter.
 VAGUE = "This is the IT service desk. Say in a sentence what does not work, on which device, and what you see there; people are on {desk_phone}."
 
@@ -160,10 +164,11 @@ class Desk:
         """The answer to what no model answers; empty where one does. `text`: what the route is of."""
         if route.decision == "decline":
             return fill(DECLINED if telling_words(text) else VAGUE, self.values)
-        thanks = (
-            self.config.base == BUILTIN and self.follow_ups is not None and _answered(messages) and self.follow_ups.says_thanks(_last_user(messages))
-        )
-        return fill(SOLVED, self.values) if thanks else ""
+        if self.config.base != BUILTIN or self.follow_ups is None or not _answered(messages):
+            return ""
+        last = _last_user(messages)
+        said = SOLVED if self.follow_ups.says_thanks(last) else UNSOLVED if self.follow_ups.says_still(last) else ""
+        return fill(said, self.values)
 
     def _matters(self, messages: Sequence[Message]) -> list[str]:
         """The matters of a last turn that is of one sender; none where it holds one, or goes on about an answer."""
@@ -313,12 +318,13 @@ class Desk:
     async def _part(self, request: ChatRequest, plan: Plan, part: Part, n: int) -> AsyncGenerator[TokenEvent]:
         defaults = self.config.generation
         lead = max(part.gate, key=lambda p: part.gate[p]) if part.gate else BASE
+        most = request.max_completion_tokens or request.max_tokens
         generate = GenerateRequest(
             request_id=f"{plan.request_id}/{n}" if n else plan.request_id,
             messages=part.messages,
             gate=part.gate,
             document=part.document,
-            max_tokens=max(1, (request.max_completion_tokens or request.max_tokens or defaults.max_tokens) // len(plan.parts)),
+            max_tokens=max(1, most // len(plan.parts)) if most else defaults.max_tokens,
             temperature=defaults.temperature if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=request.seed,

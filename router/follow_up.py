@@ -19,6 +19,8 @@ from router.query import words_of
 
 FILE = "follow_ups.json"
 THANKS, STILL, REQUEST = KINDS = ("thanks", "still", "request")
+# From which probability on a turn is taken for a complaint.
+SURE = 0.9
 # Of a longer turn, the words that are looked at.
 MAX_WORDS = 60
 
@@ -48,6 +50,10 @@ class FollowUps:
 
     def says_thanks(self, text: str) -> bool:
         return self.probabilities(text)[THANKS] >= self.sure
+
+    def says_still(self, text: str) -> bool:
+        """Whether a turn says that it did not help."""
+        return self.probabilities(text)[STILL] >= SURE
 
     def goes_on(self, text: str) -> bool:
         """Whether a turn is about the answer before it, and no request by itself."""

@@ -145,6 +145,19 @@ async def test_two_requests_in_a_message_are_both_answered_in_order(splitting):
     assert answer.choices[0].finish_reason == "stop"
 
 
+async def test_without_a_limit_each_request_has_the_usual_one(splitting, engine, monkeypatch):
+    asked, ask = [], engine.generate
+
+    def noted(request):
+        asked.append(request.max_tokens)
+        return ask(request)
+
+    monkeypatch.setattr(engine, "generate", noted)
+    for limit in (None, 60):
+        await splitting.chat.completions.create(model="auto", messages=[{"role": "user", "content": TWO}], **({"max_tokens": limit} if limit else {}))
+    assert asked == [512, 512, 30, 30]
+
+
 async def test_two_requests_are_streamed_one_after_the_other_and_share_the_limit(splitting):
     stream = await splitting.chat.completions.create(model="auto", messages=[{"role": "user", "content": TWO}], stream=True, max_tokens=6)
     chunks = [c async for c in stream]
@@ -400,8 +413,23 @@ async def test_a_new_matter_begins_a_new_conversation(make_app, engine, monkeypa
         # A question about the answer is answered from its article.
         assert await turn(client, "what does it mean?") == "vpn"
         assert heard.pop() == ["what does it mean?"]
-        assert await turn(client, "no, the same") == "vpn"
-        assert heard.pop() == [*(c for r, c in said if r != "system"), "no, the same"]
+        assert await turn(client, "hm, the same") == "vpn"
+        assert heard.pop() == [*(c for r, c in said if r != "system"), "hm, the same"]
+
+
+async def test_a_complaint_is_handed_over(make_app, engine, monkeypatch):
+    """The built-in models say of some that they are glad to hear it; others are told all that was said."""
+    heard = listened_to(engine, monkeypatch)
+    messages = [{"role": "user", "content": "my vpn drops at the customer"}, {"role": "assistant", "content": "Restart it."}]
+    messages.append({"role": "user", "content": "no, the same"})
+    for base in ("builtin", "someone/large"):
+        transport = httpx.ASGITransport(make_app(base=base))
+        async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+            said = (await client.post("/v1/chat/completions", json={"messages": messages})).json()["choices"][0]["message"]["content"]
+        if base == "builtin":
+            assert said.startswith("That goes beyond what I have written down. Call 4357")
+            assert heard == []
+    assert heard == [[m["content"] for m in messages]]
 
 
 async def test_thanks_are_no_complaint(http, make_app, engine, monkeypatch):
@@ -425,7 +453,7 @@ async def test_of_a_long_conversation_the_built_in_models_read_the_matter_alone(
     articles = [Article(name, name, f"the {name}", (f"{name} fails",), steps=(Step(f"Look after the {name}."),)) for name in ("vpn", "printer")]
     prompts = {"vpn": ["my vpn drops"] * 5, "printer": ["the printer jams"] * 5}
     heard = listened_to(engine, monkeypatch)
-    said = ["my vpn drops at the customer", "Restart it.", "no", "Sorry.", "the printer jams", "Open the flap.", "hm", "And now?", "no, worse"]
+    said = ["my vpn drops at the customer", "Restart it.", "no", "Sorry.", "the printer jams", "Open the flap.", "hm", "And now?", "hm, worse"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     transport = httpx.ASGITransport(make_app(articles=articles, prompts=prompts, base=base))
     async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
