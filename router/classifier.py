@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from safetensors.numpy import save
@@ -24,7 +24,6 @@ from router.query import Query
 
 if TYPE_CHECKING:
     from router.follow_up import FollowUps
-    from router.matters import Matters
 
 FILE = "classifier.safetensors"
 FORMAT = 2
@@ -33,6 +32,14 @@ MAX_REASONS = 5
 PROFILE_TELLS = 3.0
 # Contributions below this, in log-odds, decide nothing and would read as noise.
 MIN_REASON = 0.05
+
+
+class Splitter(Protocol):
+    """What tells the matters of a message apart, see matters.Matters."""
+
+    def split(self, knowledge: Any, segmenter: Any, text: str) -> list[str]:
+        """The matters in a message, in order; none where it holds one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class PersonaClassifier:
         self.tells = tells
         # Set by whoever loads the whole artefact.
         self.follow_ups: FollowUps | None = None
-        self.matters: Matters | None = None
+        self.matters: Splitter | None = None
 
     def score(self, queries: Sequence[Query]) -> list[Scores]:
         """Score queries, each by itself; about a third of a millisecond a query."""
